@@ -1,0 +1,262 @@
+"""The local engine: an asyncio face on a batcher that runs in a thread of its own.
+
+One thread owns model, cache and batcher; coroutines hand it work through a bounded queue and get completions back on
+their own loop. Weights are swapped by the same thread between two steps.
+
+Invariants: nothing touches the model but the engine's thread; a coroutine that is cancelled frees its slot at the
+next step; after `close()` the thread has ended and every waiter has been answered.
+
+What happens to sequences that are alive when weights are swapped (`keep`): they go on with the cache they have, and
+their next tokens carry the new version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from shoal.engine.batching import Batcher, Sequence
+from shoal.engine.cache import KVCache
+from shoal.engine.model import Decoder
+from shoal.engine.source import LocalModel
+from shoal.engine.tokenizer import Tokenizer
+from shoal.errors import CapacityError, ModelError
+from shoal.protocol.sampling import Completion, SampleRequest
+
+MAX_WAITING = 4096
+"""Requests beyond this many are refused at once instead of queued."""
+
+CLOSE_TIMEOUT_S = 30.0
+"""The engine's thread ends within one step; a step that takes longer than this is a defect."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine started; rates are the caller's to compute."""
+
+    tokens_drawn: int
+    prompt_tokens: int
+    live: int
+    waiting: int
+    busy_s: float
+    cache_bytes: int
+
+
+class LocalEngine:
+    """A `Sampler` on this machine.
+
+    Args:
+        model: where the checkpoint lies (`source.resolve`).
+        dtype: `bf16` or `fp32`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        threads: CPU threads of torch in this process; one a process is fastest beside busy neighbours.
+        max_sequences: sequences decoded together.
+        cache_bytes: the key-value cache's budget.
+    """
+
+    def __init__(
+        self,
+        model: LocalModel,
+        *,
+        dtype: str = "bf16",
+        device: str = "auto",
+        threads: int = 1,
+        max_sequences: int = 64,
+        cache_bytes: int = 2 * 2**30,
+        context_tokens: int = 1024,
+    ) -> None:
+        torch.set_num_threads(threads)
+        kind = pick_device(device)
+        torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[dtype]
+        decoder = Decoder(model.config(), torch_dtype, kind)
+        decoder.load(model.tensors())
+        arch = decoder.arch
+        cache = KVCache(
+            arch.num_layers, arch.num_kv_heads, arch.head_dim, max_sequences, cache_bytes, torch_dtype, kind
+        )
+        self.tokenizer = Tokenizer(model.directory)
+        self._batcher = Batcher(decoder, self.tokenizer, cache, context_tokens)
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._num_waiting = 0
+        self._busy_s = 0.0
+        self._failure: BaseException | None = None
+        self._pending: set[asyncio.Future[Completion]] = set()
+        self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
+        self._thread.start()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    @property
+    def version(self) -> int:
+        """The policy version of the weights in place."""
+        return self._batcher.version
+
+    @property
+    def tensor_names(self) -> list[str]:
+        """The tensors that `load_weights` must be given."""
+        return self._batcher.model.tensor_names
+
+    def stats(self) -> EngineStats:
+        """A momentary view; consistent enough for people and rates."""
+        batcher = self._batcher
+        return EngineStats(
+            tokens_drawn=batcher.tokens_drawn,
+            prompt_tokens=batcher.prompt_tokens,
+            live=len(batcher.live),
+            waiting=len(batcher.waiting),
+            busy_s=self._busy_s,
+            cache_bytes=batcher.cache.bytes,
+        )
+
+    async def sample(self, request: SampleRequest) -> Completion:
+        """Complete one request (see `Sampler`); the caller's cancellation frees the slot."""
+        return await self._submit(request, None)
+
+    async def stream(self, request: SampleRequest) -> AsyncIterator[str]:
+        """The completion's text, piece by piece; pieces end at whole characters."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[int | None] = asyncio.Queue()
+
+        def on_token(token: int) -> None:
+            loop.call_soon_threadsafe(arrived.put_nowait, token)
+
+        task = asyncio.ensure_future(self._submit(request, on_token))
+        task.add_done_callback(lambda _: arrived.put_nowait(None))
+        ids: list[int] = []
+        shown = ""
+        try:
+            while (token := await arrived.get()) is not None:
+                ids.append(token)
+                text = self.tokenizer.visible(ids, request.params.stop)
+                if not text.endswith("\ufffd") and len(text) > len(shown):
+                    yield text[len(shown) :]
+                    shown = text
+            completion = await task
+            if len(completion.text) > len(shown):
+                yield completion.text[len(shown) :]
+        finally:
+            task.cancel()
+
+    async def load_weights(self, version: int, tensors: Mapping[str, Tensor]) -> float:
+        """Swap in a version between two steps; gives the pause in seconds.
+
+        Raises:
+            ModelError: tensors are missing or of another shape; the old weights stay.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[float] = loop.create_future()
+
+        def swap() -> None:
+            started = time.monotonic()
+            try:
+                self._batcher.model.load(tensors)
+            except ModelError as error:
+                loop.call_soon_threadsafe(_settle, done, error)
+                return
+            self._batcher.version = version
+            loop.call_soon_threadsafe(_settle, done, time.monotonic() - started)
+
+        self._post(swap)
+        return await done
+
+    async def drained(self, poll_s: float = 0.02) -> None:
+        """Wait until nothing is alive or waiting in the engine."""
+        while self._num_waiting:
+            self._raise_if_dead()
+            await asyncio.sleep(poll_s)
+
+    async def close(self) -> None:
+        """End the thread; whoever still waits gets a `cancelled` completion."""
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
+        for future in list(self._pending):
+            future.cancel()
+
+    async def _submit(self, request: SampleRequest, on_token: Callable[[int], None] | None) -> Completion:
+        request.check()
+        self._batcher.check(request)
+        if self._num_waiting >= MAX_WAITING:
+            raise CapacityError(f"{MAX_WAITING} requests are waiting already.", "Ask again later.")
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Completion] = loop.create_future()
+
+        def on_done(completion: Completion) -> None:
+            loop.call_soon_threadsafe(_settle, done, completion)
+
+        sequence = Sequence(request, on_done, on_token)
+        self._num_waiting += 1
+        self._pending.add(done)
+        try:
+            self._post(lambda: self._batcher.waiting.append(sequence))
+            return await done
+        finally:
+            self._num_waiting -= 1
+            self._pending.discard(done)
+            sequence.cancelled = True
+
+    def _post(self, action: Callable[[], None]) -> None:
+        self._raise_if_dead()
+        self._inbox.put(action)
+
+    def _raise_if_dead(self) -> None:
+        if self._failure is not None:
+            raise ModelError(f"the engine has stopped: {self._failure!r}.", "Restart it.") from self._failure
+        if not self._thread.is_alive():
+            raise ModelError("the engine is closed.")
+
+    def _run(self) -> None:
+        """The engine's thread: take what came in, do a step, repeat; sleep in the inbox when idle."""
+        try:
+            working = False
+            while True:
+                while True:
+                    try:
+                        action = self._inbox.get(block=not working)
+                    except queue.Empty:
+                        break
+                    if action is None:
+                        return
+                    action()
+                    working = True
+                started = time.monotonic()
+                working = self._batcher.step()
+                self._busy_s += time.monotonic() - started
+        except BaseException as error:  # survives to be told to every caller, then ends the thread
+            self._failure = error
+            for future in list(self._pending):
+                future.get_loop().call_soon_threadsafe(_settle, future, ModelError(f"the engine failed: {error!r}."))
+            raise
+
+
+def _settle(future: asyncio.Future[object], result: object) -> None:
+    if future.done():
+        return
+    if isinstance(result, BaseException):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one; anything else is taken at its word.
+
+    Raises:
+        ModelError: CUDA was asked for and is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device '{name}' was asked for, but torch sees no CUDA device.", "Use device = \"cpu\".")
+    return torch.device(name)

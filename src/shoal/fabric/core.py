@@ -1,0 +1,104 @@
+"""What the parts of one fabric share: the Zenoh session, the identity, the loop, and a pool for calls that may block.
+
+Invariant: nothing else in this room holds a thread. Zenoh calls its callbacks on threads of its own; they may do no
+more than count and `post` to the loop. Calls into Zenoh that can wait for a slow link go through `blocking`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import zenoh
+
+from shoal.fabric.envelope import Header, Kind, ReplayGuard, check_envelope, seal
+from shoal.fabric.identity import Identity
+
+T = TypeVar("T")
+
+log = logging.getLogger("shoal.fabric")
+
+KEY_PREFIX = "shoal/"
+CONCRETE_KEY = re.compile(r"[A-Za-z0-9_.=-]+(/[A-Za-z0-9_.=-]+)*")
+KEY_PATTERN = re.compile(r"(\*{1,2}|[A-Za-z0-9_.=-]+)(/(\*{1,2}|[A-Za-z0-9_.=-]+))*")
+
+MAX_MESSAGE_BYTES = 80 * 2**20
+"""No larger message is assembled from a peer: the largest record (64 MiB) with room to spare."""
+
+HASH_OFF_LOOP_BYTES = 256 * 1024
+"""Bodies larger than this are hashed in the pool: below it the hand-over costs more than the hash."""
+
+SEND_THREADS = 16
+"""Each waits on one slow link at a time; they cost nothing while they wait."""
+
+
+@dataclass
+class Core:
+    """One open session and what hangs on it. `session`'s type is Zenoh's own."""
+
+    session: zenoh.Session
+    identity: Identity
+    loop: asyncio.AbstractEventLoop
+    guard: ReplayGuard = field(default_factory=ReplayGuard)
+    counters: Counter[str] = field(default_factory=Counter)
+    """What went wrong and was survived, by name; read by metrics and tests, changed on the loop only."""
+    pool: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(SEND_THREADS, thread_name_prefix="shoal-fabric")
+    )
+    closed: bool = False
+
+    async def blocking(self, call: Callable[..., T], *args: Any) -> T:
+        """Run a call that may block in the pool."""
+        return await self.loop.run_in_executor(self.pool, call, *args)
+
+    def post(self, call: Callable[..., object], *args: Any) -> bool:
+        """From any thread: run `call` on the loop soon; False if the loop is gone."""
+        try:
+            self.loop.call_soon_threadsafe(call, *args)
+        except RuntimeError:
+            return False
+        return True
+
+    async def seal(
+        self, kind: Kind, key: str, body: bytes, *, to: bytes = b"", answers: bytes = b"", deadline_s: float = 0.0
+    ) -> tuple[Header, bytes]:
+        """A signed header for `body`, large bodies hashed off the loop."""
+
+        def run() -> tuple[Header, bytes]:
+            return seal(self.identity, kind, key, body, now=time.time(), to=to, answers=answers, deadline_s=deadline_s)
+
+        return await self.blocking(run) if len(body) > HASH_OFF_LOOP_BYTES else run()
+
+    async def check(self, header: Header, attachment: bytes, body: bytes, kinds: tuple[Kind, ...], key: str) -> None:
+        """`check_envelope`, large bodies hashed off the loop."""
+
+        def run() -> None:
+            check_envelope(header, attachment, body, kinds=kinds, key=key)
+
+        if len(body) > HASH_OFF_LOOP_BYTES:
+            await self.blocking(run)
+        else:
+            run()
+
+
+def full_key(key: str, pattern: re.Pattern[str] = CONCRETE_KEY) -> str:
+    """The key as Zenoh routes it. A key that our own code misspells is a defect, not a user's mistake."""
+    assert pattern.fullmatch(key), f"{key!r} is no key"
+    return KEY_PREFIX + key
+
+
+def local_key(zenoh_key: object) -> str:
+    """The key as this room's users write it."""
+    return str(zenoh_key).removeprefix(KEY_PREFIX)
+
+
+def read_bytes(payload: zenoh.ZBytes | None) -> bytes:
+    """The payload's bytes; an absent one is empty."""
+    return b"" if payload is None else payload.to_bytes()

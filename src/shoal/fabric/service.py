@@ -1,0 +1,186 @@
+"""The answering side of requests: a handler behind a bounded queue.
+
+    Zenoh thread ── count, post ──▶ loop: check envelope ──▶ wait for a slot ──▶ handler ──▶ signed reply
+
+Invariants: at most `concurrency` handlers run and `backlog` requests wait; one more is told `busy` at once. A handler
+runs only for an envelope that passed every check, of a sender that `allow` admits, and no longer than its asker
+waits. The asker learns a `ShoalError`'s text, and of any other failure only that there was one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import zenoh
+
+from shoal.errors import ShoalError
+from shoal.fabric.core import KEY_PATTERN, MAX_MESSAGE_BYTES, Core, full_key, local_key, log, read_bytes
+from shoal.fabric.envelope import Header, Kind, Refusal, read_header
+from shoal.fabric.errors import EnvelopeError, RefusalKind
+
+MAX_HANDLER_S = 600.0
+"""No handler runs longer, however long its asker would wait."""
+
+MAX_REFUSALS_IN_FLIGHT = 256
+"""Further requests in excess are dropped without a word: answering them would be work too."""
+
+
+class Request(NamedTuple):
+    """What a handler gets. The envelope has been checked: `sender_key` really signed `body` for `key`."""
+
+    sender: str
+    """Node id."""
+    sender_key: bytes
+    body: bytes
+    key: str
+    """The concrete key, where the handler serves a pattern."""
+
+
+Handler = Callable[[Request], Awaitable[bytes]]
+
+
+class Service:
+    """One served key. Made and closed by `Fabric`."""
+
+    def __init__(
+        self,
+        core: Core,
+        key: str,
+        handler: Handler,
+        *,
+        max_bytes: int,
+        concurrency: int,
+        backlog: int,
+        allow: Callable[[bytes], bool] | None,
+    ) -> None:
+        self._core = core
+        self._key = full_key(key, KEY_PATTERN)
+        self._handler = handler
+        self._max_bytes = max_bytes
+        self._limit = concurrency + backlog
+        self._slots = asyncio.Semaphore(concurrency)
+        self._allow = allow
+        self._lock = threading.Lock()
+        self._num_accepted = 0
+        self._num_refused = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._queryable: zenoh.Queryable[None] | None = None
+        self.closed = False
+
+    async def start(self) -> None:
+        """Begin to serve."""
+        receive = zenoh.handlers.Callback(self._receive, indirect=False)
+
+        def declare() -> zenoh.Queryable[None]:
+            return self._core.session.declare_queryable(self._key, receive, complete=True)
+
+        self._queryable = await self._core.blocking(declare)
+
+    async def close(self) -> None:
+        """Stop serving; running handlers are cancelled and their askers get no answer."""
+        self.closed = True
+        queryable, self._queryable = self._queryable, None
+        if queryable is not None:
+            await self._core.blocking(queryable.undeclare)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _receive(self, query: zenoh.Query) -> None:
+        # On Zenoh's thread. The counters are what bounds the loop's queue, so they are kept here and not on the loop.
+        size = len(query.payload or b"")
+        with self._lock:
+            accepted = not self.closed and self._num_accepted < self._limit and size <= self._max_bytes
+            refused = not accepted and not self.closed and self._num_refused < MAX_REFUSALS_IN_FLIGHT
+            self._num_accepted += accepted
+            self._num_refused += refused
+        if accepted:
+            posted = self._core.post(self._spawn, query, None)
+        elif refused:
+            why = Refusal.of("size", f"a request of {size} bytes exceeds the limit of {self._max_bytes} bytes.")
+            if size <= self._max_bytes:
+                why = Refusal.of("busy", f"too many requests wait on {local_key(self._key)!r}.", "Try again later.")
+            posted = self._core.post(self._spawn, query, why)
+        else:
+            posted = False
+        if not posted:
+            _drop(query)
+
+    def _spawn(self, query: zenoh.Query, refusal: Refusal | None) -> None:
+        task = self._core.loop.create_task(self._answer(query, refusal))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, query: zenoh.Query, refusal: Refusal | None) -> None:
+        try:
+            attachment = read_bytes(query.attachment)
+            header = read_header(attachment)
+            if refusal is None:
+                kind, reply = await self._work(query, header, attachment)
+            else:
+                self._core.counters[f"refused.{refusal.kind}"] += 1
+                kind, reply = "refusal", refusal.encode()
+            await self._reply(query, header, kind, reply)
+        except EnvelopeError as error:
+            # The header cannot be read, so there is no request to bind a reply to.
+            self._core.counters[f"refused.{error.kind}"] += 1
+        except zenoh.ZError as error:
+            self._core.counters["reply_failed"] += 1
+            log.debug("a reply could not be sent: %s", error)
+        finally:
+            _drop(query)
+            with self._lock:
+                if refusal is None:
+                    self._num_accepted -= 1
+                else:
+                    self._num_refused -= 1
+
+    async def _work(self, query: zenoh.Query, header: Header, attachment: bytes) -> tuple[Kind, bytes]:
+        try:
+            async with asyncio.timeout(min(header.deadline_s, MAX_HANDLER_S)):
+                request = await self._admit(query, header, attachment)
+                async with self._slots:
+                    reply = await self._handler(request)
+            assert len(reply) <= MAX_MESSAGE_BYTES, f"a reply of {len(reply)} bytes cannot be sent"
+            return "reply", reply
+        except EnvelopeError as error:
+            return self._refuse(error.kind, error)
+        except ShoalError as error:
+            return self._refuse("refused", error)
+        except Exception:
+            # Surviving a faulty handler is the feature: one bad request must not end the service for all.
+            log.exception("the handler of %r failed", local_key(self._key))
+            return self._refuse("internal", ShoalError("the other node failed while handling the request."))
+
+    async def _admit(self, query: zenoh.Query, header: Header, attachment: bytes) -> Request:
+        key = local_key(query.key_expr)
+        body = read_bytes(query.payload)
+        await self._core.check(header, attachment, body, ("request",), key)
+        if header.to and header.to != self._core.identity.public_key:
+            raise EnvelopeError("audience", "a request addressed to another node arrived here.")
+        if self._allow is not None and not self._allow(header.sender):
+            raise EnvelopeError("stranger", f"node {header.node_id} has not been admitted.", "Join the run first.")
+        self._core.guard.admit(header, time.time())
+        return Request(header.node_id, header.sender, body, key)
+
+    def _refuse(self, kind: RefusalKind, error: ShoalError) -> tuple[Kind, bytes]:
+        self._core.counters[f"refused.{kind}"] += 1
+        return "refusal", Refusal.of(kind, error.problem, error.remedy, type(error).__name__).encode()
+
+    async def _reply(self, query: zenoh.Query, header: Header, kind: Kind, body: bytes) -> None:
+        key = local_key(query.key_expr)
+        _, attachment = await self._core.seal(kind, key, body, to=header.sender, answers=header.nonce)
+
+        def send() -> None:
+            query.reply(query.key_expr, body, attachment=attachment)
+
+        await self._core.blocking(send)
+
+
+def _drop(query: zenoh.Query) -> None:
+    """Tell the asker that nothing more will come."""
+    query.drop()  # type: ignore[no-untyped-call]  # Zenoh's stub gives no return type.
