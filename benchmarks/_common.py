@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import RunError, ShoalError, TaskError
+from shoal.fabric.identity import data_dir
 
 INSTALL_TIMEOUT_S = 3600.0
 """Building one peer's environment may take this long: some bring gigabytes."""
@@ -53,6 +54,8 @@ def benchmark(main: Callable[[], None]) -> None:
         else:
             print(f"Error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def emit(rows: Sequence[Mapping[str, Any]], headline: Mapping[str, float]) -> None:
@@ -84,9 +87,7 @@ def need_data(name: str) -> Path:
     """
     folder = os.environ.get("SHOAL_DATA")
     if not folder:
-        raise TaskError(
-            f"This benchmark needs the data {name}.", f"Set SHOAL_DATA to the folder that holds {name}."
-        )
+        raise TaskError(f"This benchmark needs the data {name}.", f"Set SHOAL_DATA to the folder that holds {name}.")
     found = Path(folder).expanduser() / name
     if not found.exists():
         raise TaskError(f"SHOAL_DATA is {folder}, and there is no {name} in it.", f"Put {name} there.")
@@ -104,14 +105,16 @@ def need_program(name: str, install: str) -> Path:
     """
     found = shutil.which(name)
     if found is None:
-        raise RunError(f"This benchmark needs the program {name}, which is not on the PATH.", f"Install it by: {install}")
+        raise RunError(
+            f"This benchmark needs the program {name}, which is not on the PATH.", f"Install it by: {install}"
+        )
     return Path(found)
 
 
 def peer_env(name: str, requirements: Sequence[str], *, uninstall: Sequence[str] = ()) -> Path:
     """The Python of a virtual environment that holds a peer, built by pip on first use and kept.
 
-    Environments lie in `SHOAL_CACHE` (default `~/.cache/shoal`) under `peers/`, one for each set of requirements.
+    Environments lie in Shoal's data directory (`SHOAL_HOME`) under `peers/`, one for each set of requirements.
 
     Args:
         name: the peer's name, for people.
@@ -122,7 +125,7 @@ def peer_env(name: str, requirements: Sequence[str], *, uninstall: Sequence[str]
         RunError: pip failed; the message ends with what it said last.
     """
     key = hashlib.blake2b(json.dumps([sys.version_info[:2], *requirements, "-", *uninstall]).encode(), digest_size=6)
-    root = Path(os.environ.get("SHOAL_CACHE") or Path.home() / ".cache" / "shoal") / "peers"
+    root = data_dir() / "peers"
     folder = root / f"{name}-{key.hexdigest()}"
     python, complete = folder / "bin" / "python", folder / ".complete"
     root.mkdir(parents=True, exist_ok=True)

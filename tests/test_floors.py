@@ -6,6 +6,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -111,6 +115,22 @@ def test_the_house_keeps_its_floors() -> None:
         relative = path.relative_to(SOURCES).with_suffix("")
         wrong += findings(".".join(relative.parts), path.read_text(encoding="utf-8"))
     assert not wrong, "\n".join(wrong)
+
+
+def test_every_imported_package_is_declared() -> None:
+    project = tomllib.loads((SOURCES.parents[1] / "pyproject.toml").read_text())["project"]
+    extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
+    declared = {re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in [*project["dependencies"], *extras]}
+    distributions = importlib.metadata.packages_distributions()
+    missing: set[str] = set()
+    for path in sorted(SOURCES.rglob("*.py")):
+        for line, name in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            package = name.partition(".")[0]
+            if package and package != "shoal" and package not in sys.stdlib_module_names:
+                holders = {holder.replace("_", "-").lower() for holder in distributions.get(package, [package])}
+                if not holders & declared:
+                    missing.add(f"{path.relative_to(SOURCES)}:{line}: {package} is not declared in pyproject.toml")
+    assert not missing, "\n".join(sorted(missing))
 
 
 def test_each_room_says_what_it_is_for() -> None:

@@ -19,6 +19,8 @@ from shoal.config import (
     shipped_configs,
     to_toml,
 )
+from shoal.envs.base import parse_settings
+from shoal.envs.registry import find
 from shoal.errors import ConfigError
 
 MINIMAL = '[envs.sums]\ntype = "arithmetic"\n'
@@ -42,12 +44,20 @@ def refusal(path: str | Path, *overrides: str) -> str:
 
 def test_every_shipped_configuration_loads(repository: Path) -> None:
     shipped = sorted((repository / "configs").glob("*.toml"))
-    assert {"arithmetic", "arithmetic_pull", "arithmetic_colocated", "gsm8k", "sokoban", "lora"} <= set(shipped_configs())
+    assert {"arithmetic", "arithmetic_pull", "arithmetic_colocated", "gsm8k", "sokoban", "lora"} <= set(
+        shipped_configs()
+    )
     assert sorted(shipped_configs().values()) == shipped
     for path in shipped:
         config = load_config(path)
         assert config.envs
         assert path.read_text().startswith("# "), f"{path} begins with what it is for"
+
+
+def test_shipped_environments_take_their_settings() -> None:
+    for name in shipped_configs():
+        for label, env in load_config(name).envs.items():
+            parse_settings(find(env.type).Settings, env.settings, label)
 
 
 def test_shipped_modes() -> None:
@@ -105,7 +115,10 @@ def test_none_removes_what_may_be_absent(tmp_path: Path) -> None:
 def test_choosing_a_mode_drops_the_keys_of_the_other(tmp_path: Path) -> None:
     path = tmp_path / "async.toml"
     path.write_text(MINIMAL + "[learner]\nmax_staleness = 3\npublish_every = 2\nlr = 1e-3\n")
-    for order in (["--learner.mode", "pull", "--learner.lr", "1e-4"], ["--learner.lr", "1e-4", "--learner.mode", "pull"]):
+    for order in (
+        ["--learner.mode", "pull", "--learner.lr", "1e-4"],
+        ["--learner.lr", "1e-4", "--learner.mode", "pull"],
+    ):
         learner = load_config(path, order).learner
         assert isinstance(learner, PullLearner)
         assert learner.lr == 1e-4
@@ -119,10 +132,16 @@ def test_choosing_a_mode_drops_the_keys_of_the_other(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[learner]\nmax_stalenes = 3\n", ["bad.toml, line 4:", '"max_stalenes" in [learner]', 'mean "max_staleness"?']),
+        (
+            "[learner]\nmax_stalenes = 3\n",
+            ["bad.toml, line 4:", '"max_stalenes" in [learner]', 'mean "max_staleness"?'],
+        ),
         ("[learner]\nsteps = 3\n", ["line 4", '"steps" in [learner]', "Did you mean run.steps?"]),
         ("[lerner]\nlr = 3\n", ["line 3", '"lerner"', 'Did you mean "learner"?']),
-        ('[learner]\nmode = "pull"\nmax_staleness = 2\n', ["line 5", 'belongs to mode = "async"', 'here mode = "pull"']),
+        (
+            '[learner]\nmode = "pull"\nmax_staleness = 2\n',
+            ["line 5", 'belongs to mode = "async"', 'here mode = "pull"'],
+        ),
         ('[learner]\nmode = "sync"\n', ["line 4", 'learner.mode = "sync"', '"async", "pull", "colocated"']),
         ('[learner]\nlr = "2e-6"\n', ["line 4", 'learner.lr = "2e-6"', "a number, at least 0 and at most 1"]),
         ("[learner]\nlr = -1\n", ["learner.lr = -1", "at least 0"]),

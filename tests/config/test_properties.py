@@ -86,7 +86,7 @@ def all_paths(annotation: Any = Config, prefix: tuple[str, ...] = ()) -> list[tu
     return sorted(set(found))
 
 
-@given(st.sampled_from(all_paths()), st.one_of(trees, st.none()).map(lambda value: value))
+@given(st.sampled_from(all_paths()), trees | st.none())
 @settings(max_examples=300)
 def test_any_value_anywhere_loads_or_is_explained(path: tuple[str, ...], value: Any) -> None:
     tables = valid()
@@ -103,7 +103,9 @@ def test_any_value_anywhere_loads_or_is_explained(path: tuple[str, ...], value: 
         assert config_from(tomllib.loads(to_toml(config))) == config
 
 
-@given(st.lists(st.sampled_from(all_paths()).map(".".join) | names, max_size=3), st.lists(text, max_size=3), st.booleans())
+@given(
+    st.lists(st.sampled_from(all_paths()).map(".".join) | names, max_size=3), st.lists(text, max_size=3), st.booleans()
+)
 @settings(max_examples=300)
 def test_any_overrides_load_or_are_explained(keys: list[str], values: list[str], joined: bool) -> None:
     pairs = list(zip(keys, values, strict=False))
@@ -136,7 +138,6 @@ def test_a_quoted_override_is_what_the_file_would_say(path: tuple[str, ...], val
 
 def test_every_field_is_documented_and_found() -> None:
     for path in all_paths():
-        data: dict[str, Any] = valid()
         fields = [
             section.model_fields[path[-1]]
             for section in kinds_of(Config if len(path) == 1 else _annotation_at(path[:-1]))
@@ -144,7 +145,6 @@ def test_every_field_is_documented_and_found() -> None:
         ]
         assert fields, path
         assert all(field.description for field in fields), path
-        del data
 
 
 def _annotation_at(path: tuple[str, ...]) -> Any:

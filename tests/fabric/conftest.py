@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
 from shoal.fabric.ticket import Ticket
@@ -59,6 +61,20 @@ async def node(listener: Fabric) -> AsyncIterator[Fabric]:
     """A node connected to `listener`."""
     async with await Fabric.connect(Identity.generate(), listener.ticket("a run", SECRET)) as fabric:
         yield fabric
+
+
+@pytest.fixture
+def eventually() -> Callable[[Callable[[], object]], Awaitable[None]]:
+    """Waits until a condition holds; fails if it does not within ten seconds."""
+
+    async def wait(condition: Callable[[], object]) -> None:
+        for _ in range(500):
+            if condition():
+                return
+            await asyncio.sleep(0.02)
+        pytest.fail("what should have happened did not")
+
+    return wait
 
 
 def read_line(process: subprocess.Popen[str]) -> str:

@@ -1,9 +1,9 @@
 """A node in a process of its own, for tests that stop, kill or isolate it.
 
-    python peer.py listen [HOST]      prints its ticket, serves, until its standard input closes
-    python peer.py connect TICKET     prints its node id, serves, until its standard input closes
-    python peer.py ask TICKET KEY     asks once and prints the answer, or the error
-    python peer.py gone TICKET        connects, asks, and ends without closing anything
+python peer.py listen [HOST]      prints its ticket, serves, until its standard input closes
+python peer.py connect TICKET     prints its node id, serves, until its standard input closes
+python peer.py ask TICKET KEY     asks once and prints the answer, or the error
+python peer.py gone TICKET        connects, asks, and ends without closing anything
 """
 
 from __future__ import annotations

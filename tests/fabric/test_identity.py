@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shoal.errors import StorageError
 from shoal.fabric.identity import KEY_FILE, Identity, data_dir, node_id_of, verify
 
@@ -30,9 +31,7 @@ def test_processes_that_start_together_agree(tmp_path: Path) -> None:
         "print(Identity.load_or_create(pathlib.Path(sys.argv[1])).node_id)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "home")]
-    started = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)
-    ]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)]
     ids = {process.communicate("go\n")[0] for process in started}
     assert len(ids) == 1 and len(ids.pop().strip()) == 16
 
@@ -41,7 +40,7 @@ def test_processes_that_start_together_agree(tmp_path: Path) -> None:
 def test_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     Identity.load_or_create(tmp_path)
     (tmp_path / KEY_FILE).write_bytes(damage.encode(errors="surrogateescape"))
-    with pytest.raises(StorageError, match="damaged.*Restore") as caught:
+    with pytest.raises(StorageError, match=r"damaged.*Restore") as caught:
         Identity.load_or_create(tmp_path)
     assert str(tmp_path / KEY_FILE) in caught.value.problem
 

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shoal import PROTOCOL_VERSION
 from shoal.errors import RecordError
 from shoal.fabric.identity import Identity

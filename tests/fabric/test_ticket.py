@@ -10,6 +10,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
+
 from shoal import PROTOCOL_VERSION
 from shoal.errors import TicketError
 from shoal.fabric.endpoint import Endpoint
@@ -51,7 +52,9 @@ def test_is_short() -> None:
 def test_every_single_typo_is_noticed(ticket: Ticket, data: st.DataObject) -> None:
     text = ticket.encode()
     position = data.draw(st.integers(len(PREFIX), len(text) - 2))
-    typed = data.draw(st.sampled_from(string.ascii_letters + string.digits + "-_!é").filter(lambda c: c != text[position]))
+    typed = data.draw(
+        st.sampled_from(string.ascii_letters + string.digits + "-_!é").filter(lambda c: c != text[position])
+    )
     with pytest.raises(TicketError, match="cut off or mistyped"):
         Ticket.decode(text[:position] + typed + text[position + 1 :])
 

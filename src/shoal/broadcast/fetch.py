@@ -97,7 +97,10 @@ class Fetcher:
         self._store = store
         self._sources = list(sources)
         self._model = model
-        self._local = Store(local, run=store.run, trusted_key=store.trusted_key) if local is not None else None
+        self._local = (
+            None if local is None else Store(local, run=store.run, trusted_key=store.trusted_key, read_only=True)
+        )
+        self._bad_locally: set[bytes] = set()
         self._keep = keep
         self._newest = -1
         self.blame: Counter[str] = Counter()
@@ -122,7 +125,7 @@ class Fetcher:
                     key, b"", MANIFEST_DEADLINE_S, to=source, max_reply_bytes=MAX_MANIFEST_BYTES
                 )
                 if data:
-                    return self._check_offer(data, version)
+                    return await asyncio.to_thread(self._check_offer, data, version)
             except RecordError as error:
                 self.blame[node_id_of(source)] += 1
                 failure = error
@@ -178,9 +181,12 @@ class Fetcher:
         missing: dict[bytes, int] = {}
         for entry in manifest.tensors:
             for index, digest in enumerate(entry.chunks):
-                if not self._store.has(digest) and not (self._local is not None and self._local.has(digest)):
+                if not self._store.has(digest) and not self._has_locally(digest):
                     missing[digest] = min(entry.chunk_bytes, entry.num_bytes - index * entry.chunk_bytes)
         return missing
+
+    def _has_locally(self, digest: bytes) -> bool:
+        return self._local is not None and digest not in self._bad_locally and self._local.has(digest)
 
     async def _fetch_chunks(
         self, version: int, missing: dict[bytes, int], on_progress: Callable[[Progress], None] | None
@@ -217,7 +223,7 @@ class Fetcher:
             num_gone = 0
             for source in sources:
                 try:
-                    await self._take(source, digest, size, max(1.0, remaining))
+                    await self._take(source, digest, size, max(1.0, remaining / len(sources)))
                     return
                 except RecordError as error:
                     self.blame[node_id_of(source)] += 1
@@ -267,6 +273,8 @@ class Fetcher:
             chunk = self._store.get_chunk(digest)
             if chunk is None and self._local is not None:
                 chunk = self._local.get_chunk(digest)
+                if chunk is None:
+                    self._bad_locally.add(digest)  # Fetched in the next round.
             if chunk is None or position + len(chunk) > num_bytes:
                 return None
             data[position : position + len(chunk)] = chunk

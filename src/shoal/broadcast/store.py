@@ -46,18 +46,24 @@ class Store:
 
     Args:
         durable: wait for the disk before a file counts as written. A node that can fetch again need not.
+        read_only: never create, change or remove anything; for reading a directory that another process writes.
     """
 
-    def __init__(self, directory: Path, *, run: str, trusted_key: bytes, durable: bool = True) -> None:
+    def __init__(
+        self, directory: Path, *, run: str, trusted_key: bytes, durable: bool = True, read_only: bool = False
+    ) -> None:
         self.directory = directory
         self.run = run
         self.trusted_key = trusted_key
         self.num_damaged = 0
-        """Files found damaged and removed."""
+        """Files found damaged (and removed, unless read-only)."""
         self._durable = durable
+        self._read_only = read_only
         self._lock = threading.Lock()
         self._unnamed: set[bytes] = set()
-        """Chunks put since the last manifest: not garbage, though no manifest names them yet."""
+        """Chunks put by a writer whose manifest is still to come: not garbage, though nothing names them yet."""
+        if read_only:
+            return
         with self._telling_errors():
             for part in ("chunks", "manifests", "new"):
                 (directory / part).mkdir(parents=True, exist_ok=True)
@@ -122,7 +128,8 @@ class Store:
         if kept is None:
             self._write(self._manifest_path(manifest.model, manifest.version), encode(signed))
         with self._lock:
-            self._unnamed.clear()
+            for entry in manifest.tensors:
+                self._unnamed.difference_update(entry.chunks)
         return published
 
     def manifest(self, model: str, version: int) -> Published | None:
@@ -192,11 +199,13 @@ class Store:
         return self.directory / "manifests" / model / f"{version:0{VERSION_DIGITS}d}"
 
     def _remove_damaged(self, path: Path) -> None:
-        with self._telling_errors():
-            path.unlink(missing_ok=True)
         self.num_damaged += 1
+        if not self._read_only:
+            with self._telling_errors():
+                path.unlink(missing_ok=True)
 
     def _write(self, path: Path, data: bytes | memoryview) -> None:
+        assert not self._read_only
         aside = self.directory / "new" / secrets.token_hex(12)
         with self._telling_errors():
             try:

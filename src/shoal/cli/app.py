@@ -46,6 +46,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Name -> attribute of its module, summary. `shoal --help` lists them in this order."""
 
+INTERNAL = ("_learner", "_prepare")
+"""Commands that Shoal's own processes call; `shoal --help` does not show them."""
+
+OWN_OPTIONS = ("--help", "-h", "--version")
+"""What `shoal` takes without a command."""
+
 EPILOGUE = """\
 Every command takes --help, --json (one JSON object on standard output) and --debug (a traceback with an error).
 
@@ -62,14 +68,16 @@ def build_app(command: str | None = None) -> App:
         help_format="plaintext",
         help_epilogue=EPILOGUE if command is None else "",
         version=f"shoal {shoal.__version__} (protocol {shoal.PROTOCOL_VERSION})",
-        version_flags=["--version"],
-        help_flags=["--help", "-h"],
+        version_flags=OWN_OPTIONS[2:],
+        help_flags=OWN_OPTIONS[:2],
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
     for order, (name, (attribute, summary)) in enumerate(COMMANDS.items()):
         own_help = name == command and attribute == "run"
         app.command(f"shoal.cli.{name}:{attribute}", name=name, help=None if own_help else summary, sort_key=order)
+    for name in INTERNAL:
+        app.command(f"shoal.cli.{name}:run", name=name, show=False)
     return app
 
 
@@ -86,8 +94,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [argument for argument in arguments if argument != "--debug"]
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     try:
-        if command is not None and command not in COMMANDS:
+        if command is not None and command not in (*COMMANDS, *INTERNAL):
             raise _unknown(command)
+        if command is None and set(arguments) - set(OWN_OPTIONS):
+            raise ConfigError(f"Without a command there is no option {arguments[0]}.", "See shoal --help.")
         result = build_app(command)(arguments, exit_on_error=False, print_error=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else 0

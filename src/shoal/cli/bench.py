@@ -31,7 +31,12 @@ STOP_WAIT_S = 10.0
 
 
 def run(
-    name: str | None = None, /, *arguments: str, folder: Path | None = None, timeout_s: float = 5400.0, json: Json = False
+    name: str | None = None,
+    /,
+    *arguments: str,
+    folder: Path | None = None,
+    timeout_s: float = 5400.0,
+    json: Json = False,
 ) -> None:
     """Run a benchmark and print its numbers; without a name, list the benchmarks.
 
@@ -89,17 +94,25 @@ def _execute(script: Path, arguments: tuple[str, ...], timeout_s: float) -> dict
         result_file = Path(scratch) / "result.json"
         source = str(Path(shoal.__file__).parents[1])
         path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "SHOAL_BENCH_RESULT": str(result_file), "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        environment = {
+            **os.environ,
+            "SHOAL_BENCH_RESULT": str(result_file),
+            "PYTHONPATH": path,
+            "PYTHONUNBUFFERED": "1",
+        }
         command = [sys.executable, str(script), *arguments]
         # The benchmark writes its progress straight to our standard error: nothing to pump, nothing to block on.
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), env=environment) as process:
+        with subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sys.stderr.fileno(), env=environment
+        ) as process:
             try:
                 code = process.wait(timeout_s)
             except BaseException as interruption:
                 _stop(process)
                 if isinstance(interruption, subprocess.TimeoutExpired):
                     raise RunError(
-                        f"The benchmark {script.stem} was not done after {timeout_s:g} s.", "Give it more by --timeout-s."
+                        f"The benchmark {script.stem} was not done after {timeout_s:g} s.",
+                        "Give it more by --timeout-s.",
                     ) from None
                 raise
         try:
@@ -185,7 +198,9 @@ def _show(report: dict[str, Any]) -> None:
     from rich.text import Text
 
     columns = list(dict.fromkeys(key for row in report["rows"] for key in row))
-    table = Table(*(Text(column) for column in columns))
+    table = Table()
+    for column in columns:
+        table.add_column(Text(column))
     for row in report["rows"]:
         table.add_row(*(Text(_cell(row.get(column))) for column in columns))
     terminal = console()
@@ -193,7 +208,9 @@ def _show(report: dict[str, Any]) -> None:
         terminal.print(table)
     for key, number in report["headline"].items():
         terminal.print(Text.assemble((f"{key} ", "bold"), _cell(number)))
-    footer = f"{report['name']} at commit {report['commit'] or 'none'}, {report['seconds']:.1f} s, on {report['machine']}"
+    footer = (
+        f"{report['name']} at commit {report['commit'] or 'none'}, {report['seconds']:.1f} s, on {report['machine']}"
+    )
     terminal.print(Text(footer, style="dim"))
 
 

@@ -71,6 +71,9 @@ class Rollout(Section):
     lookahead_groups: int | None = Field(default=None, ge=1)
     """How far the learner looks past the oldest fresh group for a finished one; absent: twice `groups_per_step`."""
 
+    shuffle_rewards: bool = False
+    """Permute each batch's rewards before training: the control run, which must not learn."""
+
     @property
     def window_groups(self) -> int:
         """`lookahead_groups` with its default filled in."""

@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
 
 from shoal.engine.batching import Batcher, Sequence
 from shoal.engine.cache import KVCache
 from shoal.engine.model import Decoder
 from shoal.engine.source import LocalModel
 from shoal.engine.tokenizer import Tokenizer
+from shoal.engine.weights import from_views
 from shoal.errors import CapacityError, ModelError
 from shoal.protocol.sampling import Completion, SampleRequest
 
@@ -59,7 +59,7 @@ class LocalEngine:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         threads: CPU threads of torch in this process; one a process is fastest beside busy neighbours.
         max_sequences: sequences decoded together.
-        cache_bytes: the key-value cache's budget.
+        cache_tokens: the key-value cache's budget, in tokens over all sequences.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LocalEngine:
         device: str = "auto",
         threads: int = 1,
         max_sequences: int = 64,
-        cache_bytes: int = 2 * 2**30,
+        cache_tokens: int = 64 * 1024,
         context_tokens: int = 1024,
     ) -> None:
         torch.set_num_threads(threads)
@@ -79,8 +79,15 @@ class LocalEngine:
         decoder = Decoder(model.config(), torch_dtype, kind)
         decoder.load(model.tensors())
         arch = decoder.arch
+        token_bytes = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * torch_dtype.itemsize
         cache = KVCache(
-            arch.num_layers, arch.num_kv_heads, arch.head_dim, max_sequences, cache_bytes, torch_dtype, kind
+            arch.num_layers,
+            arch.num_kv_heads,
+            arch.head_dim,
+            max_sequences,
+            cache_tokens * token_bytes,
+            torch_dtype,
+            kind,
         )
         self.tokenizer = Tokenizer(model.directory)
         self._batcher = Batcher(decoder, self.tokenizer, cache, context_tokens)
@@ -149,7 +156,7 @@ class LocalEngine:
         finally:
             task.cancel()
 
-    async def load_weights(self, version: int, tensors: Mapping[str, Tensor]) -> float:
+    async def load_weights(self, version: int, tensors: Mapping[str, TensorView]) -> float:
         """Swap in a version between two steps; gives the pause in seconds.
 
         Raises:
@@ -161,7 +168,7 @@ class LocalEngine:
         def swap() -> None:
             started = time.monotonic()
             try:
-                self._batcher.model.load(tensors)
+                self._batcher.model.load(from_views(tensors))
             except ModelError as error:
                 loop.call_soon_threadsafe(_settle, done, error)
                 return

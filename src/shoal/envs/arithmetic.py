@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from random import Random
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -190,7 +190,7 @@ class Arithmetic(QuestionEnvironment):
         evaluate(task.id)
         return self.settings.wording.replace("{expression}", task.id.replace("*", self.settings.times))
 
-    def grade(self, task: Task, reply: str) -> dict[str, Any]:
+    def grade(self, task: Task, reply: str) -> dict[str, float]:
         answer = evaluate(task.id)
         return {
             "strict": float(final_number(reply) == answer),

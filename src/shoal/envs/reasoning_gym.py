@@ -67,7 +67,7 @@ def _library() -> dict[str, Any]:
     try:
         factory = importlib.import_module("reasoning_gym.factory")
     except ImportError:
-        raise TaskError("the reasoning-gym library is not installed.", "pip install reasoning-gym") from None
+        raise TaskError("the reasoning-gym library is not installed.", "pip install 'shoal[reasoning]'") from None
     return dict(factory.DATASETS)
 
 

@@ -20,6 +20,8 @@ from shoal.fabric.errors import EnvelopeError
 MAX_ANSWERS = 64
 """Answers looked at for one question; whoever sends more is not helping."""
 
+MAX_REFUSAL_BYTES = 64 * 1024
+
 ABSENT_GRACE_S = 1.0
 """How long a question is repeated while nobody serves its key: a node that just joined may not be known yet."""
 
@@ -130,10 +132,9 @@ class _Question:
             if self._header.to and header.sender != self._header.to:
                 raise EnvelopeError("signature", "an answer came from another node than the one asked.")
             size = len(sample.payload)
-            if size > self._max_reply_bytes:
-                raise NetworkError(
-                    f"an answer on {header.key!r} of {size} bytes exceeds the limit of {self._max_reply_bytes} bytes."
-                )
+            limit = self._max_reply_bytes if header.kind == "reply" else MAX_REFUSAL_BYTES
+            if size > limit:
+                raise NetworkError(f"an answer on {header.key!r} of {size} bytes exceeds the limit of {limit} bytes.")
             body = read_bytes(sample.payload)
             await self._core.check(header, attachment, body, ("reply", "refusal"), self._header.key)
         except EnvelopeError as error:

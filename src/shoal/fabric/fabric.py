@@ -29,11 +29,23 @@ from shoal import PROTOCOL_VERSION
 from shoal.errors import NetworkError
 from shoal.fabric.alive import AliveWatch, declare_alive
 from shoal.fabric.call import ABSENT_GRACE_S, Answer, call
-from shoal.fabric.core import Core
+from shoal.fabric.core import Core, log
 from shoal.fabric.endpoint import Endpoint, is_loopback, reachable_addresses, resolve
 from shoal.fabric.identity import Identity
 from shoal.fabric.service import Handler, Service
 from shoal.fabric.session import LEASE_S, find_reachable, open_connector, open_listener
+from shoal.fabric.stream import (
+    FRAME_HEADER,
+    MAX_FRAME_BYTES,
+    MAX_STREAMS,
+    MAX_WINDOW,
+    STALL_S,
+    WINDOW,
+    OutStream,
+    StreamAcceptor,
+    StreamHandler,
+    stream_key,
+)
 from shoal.fabric.ticket import Ticket
 from shoal.fabric.topic import Subscription, publish
 
@@ -52,7 +64,7 @@ class Fabric:
     def __init__(self, core: Core, endpoints: tuple[str, ...]) -> None:
         self._core = core
         self._services: dict[str, Service] = {}
-        self._watchers: weakref.WeakSet[Subscription | AliveWatch] = weakref.WeakSet()
+        self._parts: weakref.WeakSet[Subscription | AliveWatch | OutStream | StreamAcceptor] = weakref.WeakSet()
         self._token: zenoh.LivelinessToken | None = None
         self.identity = core.identity
         self.endpoints = endpoints
@@ -210,8 +222,39 @@ class Fabric:
             allow: takes the sender's public key; messages of senders it rejects are not delivered.
         """
         subscription = Subscription(self._core, topic, capacity, max_bytes, allow)
-        self._watchers.add(subscription)
+        self._parts.add(subscription)
         return subscription
+
+    def open_stream(self, to: bytes, name: str, *, window: int = WINDOW, stall_s: float = STALL_S) -> OutStream:
+        """A stream of frames to the node with public key `to`, which must accept streams called `name`.
+
+        Args:
+            window: frames under way or waiting at the reader before `send` waits.
+            stall_s: a reader that takes no frame for so long breaks the stream.
+        """
+        stream = OutStream(self._core, to, name, window, stall_s)
+        self._parts.add(stream)
+        return stream
+
+    async def accept_streams(
+        self,
+        name: str,
+        handler: StreamHandler,
+        *,
+        max_streams: int = MAX_STREAMS,
+        allow: Callable[[bytes], bool] | None = None,
+    ) -> None:
+        """Run `handler` for every stream called `name` that another node opens to this one."""
+        acceptor = StreamAcceptor(self._core, handler, max_streams)
+        self._parts.add(acceptor)
+        await self.serve(
+            stream_key(self.identity.node_id, name),
+            acceptor.receive,
+            max_bytes=FRAME_HEADER.size + MAX_FRAME_BYTES,
+            concurrency=max_streams * (MAX_WINDOW + 1),
+            backlog=MAX_WINDOW,
+            allow=allow,
+        )
 
     async def declare_alive(self) -> None:
         """Show this node to every `watch_alive` until it closes or dies."""
@@ -221,7 +264,7 @@ class Fabric:
     def watch_alive(self) -> AliveWatch:
         """Who comes and goes, starting with who is there, inside `async with`."""
         watch = AliveWatch(self._core)
-        self._watchers.add(watch)
+        self._parts.add(watch)
         return watch
 
     async def close(self, deadline_s: float = CLOSE_DEADLINE_S) -> None:
@@ -230,11 +273,16 @@ class Fabric:
             return
         try:
             async with asyncio.timeout(deadline_s):
-                await asyncio.gather(*(part.close() for part in (*self._watchers, *self._services.values())))
+                await asyncio.gather(*(part.close() for part in self._parts))
+                await asyncio.gather(*(service.close() for service in self._services.values()))
                 self._core.closed = True
                 await _run_detached(self._core.session.close)
         except TimeoutError:
             self._core.counters["close_timed_out"] += 1
+        except (zenoh.ZError, NetworkError) as error:
+            # The link is gone already; there is nothing left to close, and the caller is leaving anyway.
+            self._core.counters["close_failed"] += 1
+            log.debug("a fabric did not close cleanly: %s", error)
         finally:
             self._core.closed = True
             self._core.pool.shutdown(wait=False, cancel_futures=True)

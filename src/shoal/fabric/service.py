@@ -151,8 +151,7 @@ class Service:
             return self._refuse(error.kind, error)
         except ShoalError as error:
             return self._refuse("refused", error)
-        except Exception:
-            # Surviving a faulty handler is the feature: one bad request must not end the service for all.
+        except Exception:  # noqa: BLE001  One bad request must not end the service for all; logged and counted.
             log.exception("the handler of %r failed", local_key(self._key))
             return self._refuse("internal", ShoalError("the other node failed while handling the request."))
 

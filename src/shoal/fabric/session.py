@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 import ssl
 import time
@@ -125,7 +126,7 @@ async def _probe(endpoint: Endpoint, public_key: bytes, deadline: float) -> Endp
         except TimeoutError:
             reason = "no answer"
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = os.strerror(error.errno) if error.errno else str(error)
         await asyncio.sleep(min(PROBE_RETRY_S, max(0.0, deadline - time.monotonic())))
     raise NetworkError(
         f"{endpoint} cannot be reached: {reason}.",

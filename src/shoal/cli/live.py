@@ -1,0 +1,146 @@
+"""What people see while a run goes on: a live panel on a terminal, one line a step elsewhere, nothing with `--json`.
+
+Everything goes to standard error, so results on standard output stay clean.
+"""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from shoal.cli.output import error_console, note
+from shoal.cli.training import Session
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.live import Live
+
+SPARKS = "▁▂▃▄▅▆▇█"
+WAITING_HINT_S = 20.0
+"""Without any worker for this long, the view says how to start one."""
+
+
+class LiveView:
+    """Shows a session; hand `ready` and `update` to `train`."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = error_console()
+        self._live: Live | None = None
+        self._as_panel = self._console.is_terminal and not quiet
+        self._quiet = quiet
+        self._last_step = 0
+        self._told_evals: set[int] = set()
+        self._told_waiting = False
+        self._rewards: list[float] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def ready(self, session: Session) -> None:
+        """The run has begun: say where it is and how to join it."""
+        note(f"run {session.run.path}")
+        if not self._quiet or session.config.workers.count == 0:
+            note("To add a worker, on this machine or another:")
+            self._console.print(f"shoal worker {session.ticket}", soft_wrap=True, highlight=False, markup=False)
+        if self._as_panel:
+            from rich.live import Live
+
+            self._live = Live(console=self._console, refresh_per_second=2, transient=False)
+            self._live.start()
+
+    def update(self, session: Session) -> None:
+        """Show how things stand."""
+        coordinator = session.coordinator
+        metrics, version = coordinator.last_metrics, coordinator.control.version
+        if metrics and version > self._last_step:
+            self._rewards.append(metrics.get("reward", 0.0))
+            if not self._as_panel and not self._quiet:
+                note(
+                    f"step {version}/{session.config.run.steps}  reward {metrics.get('reward', 0):.3f}  "
+                    f"staleness {metrics.get('staleness_max', 0):.0f}  train {metrics.get('train_s', 0):.1f} s  "
+                    f"wait {metrics.get('wait_s', 0):.1f} s  workers {len(coordinator.workers())}{self._eta(session)}"
+                )
+            self._last_step = version
+        for evaluated, result in coordinator.control.results.items():
+            if evaluated not in self._told_evals and not self._quiet:
+                self._told_evals.add(evaluated)
+                note(
+                    f"version {evaluated}: {result['strict']:.1%} of {result['questions']} held-out questions right "
+                    f"({result['lenient']:.1%} counting any last number)"
+                )
+        waited = time.monotonic() - session.started
+        if waited > WAITING_HINT_S and not coordinator.workers() and not self._told_waiting and not self._quiet:
+            if session.config.learner.mode != "colocated" and not coordinator.control.ended:
+                note("No worker has joined yet; the run waits. Start one with the line above.")
+            self._told_waiting = True
+        if self._live is not None:
+            self._live.update(self._panel(session))
+
+    def _eta(self, session: Session) -> str:
+        coordinator = session.coordinator
+        done = coordinator.control.version - coordinator.steps_at_start
+        if coordinator.first_step_at is None or done < 1:
+            return ""
+        per_step = (time.monotonic() - coordinator.first_step_at) / done
+        left = (session.config.run.steps - coordinator.control.version) * per_step
+        return f"  about {left / 60:.0f} min left" if left > 90 else f"  about {left:.0f} s left"
+
+    def _panel(self, session: Session) -> RenderableType:
+        from rich.console import Group
+        from rich.panel import Panel
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        coordinator, control = session.coordinator, session.coordinator.control
+        steps = session.config.run.steps
+        facts = Table.grid(padding=(0, 3))
+        for _ in range(4):
+            facts.add_column()
+        m = coordinator.last_metrics
+        workers = coordinator.workers()
+        facts.add_row(
+            f"step {control.version}/{steps}",
+            f"reward {m.get('reward', 0):.3f}",
+            f"staleness {m.get('staleness_mean', 0):.1f} (most {control.max_staleness_seen}, "
+            f"bound {session.config.learner.max_staleness})",
+            f"{sum(n.tokens_per_s for n in workers):.0f} tokens/s sampled",
+        )
+        facts.add_row(
+            f"train {m.get('train_s', 0):.1f} s",
+            f"wait {m.get('wait_s', 0):.1f} s",
+            f"publish {m.get('publish_s', 0):.1f} s",
+            f"swept {control.queue.counts['swept']} groups, void {control.book.counts['void']} rollouts",
+        )
+        table = Table(box=None, padding=(0, 2), header_style="dim")
+        for column in ("worker", "policy", "tokens/s", "rollouts used"):
+            table.add_column(column)
+        for node in workers:
+            used = control.consumed_by.get(node.name, 0)
+            table.add_row(node.name, str(node.version), f"{node.tokens_per_s:.0f}", str(used))
+        if not workers:
+            table.add_row("none yet", "", "", "")
+        evals = "   ".join(f"v{v}: {r['strict']:.1%}" for v, r in sorted(control.results.items()))
+        for round_ in control.rounds.values():
+            evals += f"   v{round_.version}: {len(round_.answers)}/{len(round_.tasks)} answered"
+        body = Group(
+            ProgressBar(total=steps, completed=control.version, width=60),
+            facts,
+            Text(f"reward {_spark(self._rewards)}"),
+            Text(f"held-out accuracy {evals or 'not measured yet'}"),
+            table,
+        )
+        return Panel(body, title=f"shoal: {session.run.name}{self._eta(session)}", title_align="left")
+
+
+def _spark(values: list[float], width: int = 60) -> str:
+    shown = values[-width:]
+    top = max(shown, default=0.0) or 1.0
+    return "".join(SPARKS[min(len(SPARKS) - 1, int(max(0.0, v) / top * (len(SPARKS) - 1)))] for v in shown)

@@ -1,0 +1,106 @@
+"""`shoal worker`: join a run from anywhere with its ticket, and sample rollouts for it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+from typing import Any, Literal
+
+from shoal.cli.output import note, print_json
+from shoal.cli.parameters import Json
+from shoal.errors import TicketError
+
+
+def run(
+    ticket: str,
+    /,
+    *,
+    name: str = "",
+    threads: int = 1,
+    device: str = "auto",
+    max_sequences: int = 64,
+    cache_tokens: int = 16384,
+    grace: float = 30.0,
+    identity: Path | None = None,
+    local_store: Path | None = None,
+    engine: Literal["local"] = "local",
+    json: Json = False,
+) -> None:
+    """Join a run with its ticket and sample rollouts for it until the run ends.
+
+    For example:
+
+        shoal worker shoal1AbC...
+        shoal worker ticket.txt --threads 4 --name attic
+
+    Args:
+        ticket: The line that `shoal train` printed, or a file that holds it.
+        name: What the run calls this worker; by default host name and process id.
+        threads: CPU threads for sampling.
+        device: auto, cpu, cuda or cuda:N.
+        max_sequences: Sequences sampled at once.
+        cache_tokens: Tokens the key-value cache holds, over all sequences.
+        grace: Seconds in which running rollouts may end after Ctrl-C or SIGTERM.
+        identity: Folder of this worker's key; by default one under the user's data directory.
+        local_store: The run's snapshot folder, if it lies on this machine.
+        engine: What samples.
+    """
+    from shoal.coordinator.processes import die_with_parent
+
+    die_with_parent()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    result = asyncio.run(
+        _work(
+            read_ticket(ticket),
+            grace,
+            {
+                "name": name,
+                "threads": threads,
+                "device": device,
+                "max_sequences": max_sequences,
+                "cache_tokens": cache_tokens,
+                "identity": identity,
+                "local_store": local_store,
+            },
+        )
+    )
+    if json:
+        print_json(result)
+
+
+def read_ticket(text: str) -> str:
+    """The ticket itself, read from a file if `text` names one."""
+    path = Path(text)
+    if len(text) < 1024 and not text.startswith("shoal") and path.is_file():
+        return path.read_text()
+    if len(text) < 1024 and "/" in text and not path.exists():
+        raise TicketError(f"there is no ticket file {text}.", "Give the ticket's line itself, or a file that holds it.")
+    return text
+
+
+async def _work(ticket_text: str, grace_s: float, given: dict[str, Any]) -> dict[str, Any]:
+    from shoal.fabric.fabric import Fabric
+    from shoal.fabric.ticket import Ticket
+    from shoal.rollout.host import WorkerOptions, worker_identity, working
+
+    ticket = Ticket.decode(ticket_text)
+    cache_tokens = given.pop("cache_tokens")
+    options = WorkerOptions(**given, cache_tokens=cache_tokens)
+    with worker_identity(options.identity) as identity:
+        async with await Fabric.connect(identity, ticket, options.join_timeout_s) as fabric:
+
+            def on_event(kind: str, data: dict[str, Any]) -> None:
+                if kind == "policy.swapped":
+                    note(f"policy {data['version']} (fetched in {data['fetch_s']:.1f} s, {data['pause_s']:.2f} s pause)")
+
+            async with working(fabric, ticket, options, progress=note, on_event=on_event) as worker:
+                loop = asyncio.get_running_loop()
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    loop.add_signal_handler(number, worker.stop)
+                note(f"joined run {ticket.run} as {identity.node_id}")
+                await worker.run(grace_s)
+                note(f"left run {ticket.run} after {worker.num_submitted} rollouts")
+                return {"run": ticket.run, "node_id": identity.node_id, "rollouts": worker.num_submitted}

@@ -1,0 +1,103 @@
+"""Child processes: started, watched, ended; none outlives its parent.
+
+Each child runs in a session of its own, so that Ctrl-C reaches the parent alone, which ends the children in order. A
+child asks the kernel to be killed when its parent dies (`die_with_parent`), so a parent killed with -9 leaves no
+orphan. Invariants: `end_all` returns with every child reaped; a child's output goes to its own log file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PARENT_VARIABLE = "SHOAL_PARENT_PID"
+"""Tells a child whom to die with."""
+
+PR_SET_PDEATHSIG = 1
+
+TERM_GRACE_S = 20.0
+"""A child that was asked to end and has not by then is killed."""
+
+LOG_TAIL_BYTES = 2000
+
+
+def die_with_parent() -> None:
+    """To be called first thing in a child: when the parent ends, however, this process is killed."""
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        os._exit(1)  # the parent died before the line above took effect
+
+
+@dataclass
+class Child:
+    """One running child."""
+
+    name: str
+    process: asyncio.subprocess.Process
+    log: Path
+
+    @property
+    def tail(self) -> str:
+        """The end of what it printed."""
+        with contextlib.suppress(OSError):
+            data = self.log.read_bytes()[-LOG_TAIL_BYTES:]
+            return data.decode(errors="replace").strip()
+        return ""
+
+
+class Children:
+    """The children of this process."""
+
+    def __init__(self, logs: Path) -> None:
+        self._logs = logs
+        self.all: list[Child] = []
+
+    async def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
+        """Run `python -m shoal ARGUMENTS`, its output appended to `NAME.log`."""
+        path = self._logs / f"{name}.log"
+        with path.open("ab") as log:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "shoal.cli",
+                *arguments,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(environment or {}), PARENT_VARIABLE: str(os.getpid())},
+                start_new_session=True,
+            )
+        child = Child(name, process, path)
+        self.all.append(child)
+        return child
+
+    async def end_all(self, grace_s: float = TERM_GRACE_S) -> None:
+        """Ask all to end, wait, kill what is left, reap."""
+        for child in self.all:
+            if child.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    child.process.terminate()
+        await self.wait_all(grace_s)
+
+    async def wait_all(self, grace_s: float) -> None:
+        """Wait until all have ended by themselves; kill what has not after `grace_s`."""
+        waits = [asyncio.create_task(child.process.wait()) for child in self.all]
+        if waits:
+            _, late = await asyncio.wait(waits, timeout=grace_s)
+            for child in self.all:
+                if child.process.returncode is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        child.process.kill()
+            if late:
+                await asyncio.wait(late, timeout=5.0)

@@ -1,0 +1,152 @@
+"""Episodes become trajectories: one token sequence each, with what the loss needs at every trained token.
+
+A trajectory is the concatenation, turn by turn, of the context's and the completion's token ids; only completion
+tokens are trained. Its prefix is the first context, which the rollouts of a group usually share.
+
+Invariants: void episodes take no part, not even in a group's mean; every token of a finished completion of a `done`
+episode is trained exactly once, or its whole group is skipped because no advantage in it differs from zero, which
+leaves the loss of the step as it was; a completion cut short by infrastructure (`cancelled`, `error`) is read as
+context and never trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shoal.config.learner import Advantage
+from shoal.errors import RunError
+from shoal.learner.advantages import find_rule, group_advantages, is_uninformative
+from shoal.protocol.episode import Episode
+
+UNTRAINED_FINISHES = ("cancelled", "error")
+"""Ends of a completion that say nothing about the policy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """One rollout as arrays of the same length L (all tokens, in order)."""
+
+    group: str
+    token_ids: NDArray[np.int64]
+    trained: NDArray[np.bool_]
+    """Which tokens enter the loss."""
+    behaviour: NDArray[np.float64]
+    """log μ of each trained token; 0 elsewhere."""
+    versions: NDArray[np.int64]
+    """Policy version each trained token was sampled under; -1 elsewhere."""
+    prefix_length: int
+    """Tokens of the first context."""
+    advantage: float
+    temperature: float
+
+    @property
+    def num_trained(self) -> int:
+        return int(self.trained.sum())
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """What a step was given, skipped groups included."""
+
+    num_groups: int
+    num_groups_skipped: int
+    num_episodes: int
+    """Finished ones."""
+    num_tokens: int
+    """Trainable completion tokens."""
+    reward_mean: float
+    reward_std: float
+    """Mean over groups of the standard deviation inside the group (n - 1)."""
+    oldest_versions: tuple[int, ...]
+    """Of each finished episode, the version of its oldest token."""
+
+
+def trajectory(episode: Episode, advantage: float, *, mask_truncated: bool = False) -> Trajectory:
+    """The token sequence of one episode.
+
+    Args:
+        mask_truncated: leave completions that hit the token limit out of the loss.
+
+    Raises:
+        RunError: the episode was sampled greedily, so its tokens have no log-probability to train on.
+    """
+    if episode.temperature <= 0:
+        raise RunError(
+            f"episode {episode.id} was sampled at temperature 0, which cannot be trained on.",
+            "Set rollout.temperature above 0.",
+        )
+    untrained = (*UNTRAINED_FINISHES, "length") if mask_truncated else UNTRAINED_FINISHES
+    ids: list[int] = []
+    trained: list[bool] = []
+    behaviour: list[float] = []
+    versions: list[int] = []
+    for turn in episode.turns:
+        completion = turn.completion
+        train = completion.finish not in untrained
+        num_context, num_drawn = len(turn.context_ids), len(completion.token_ids)
+        ids += [*turn.context_ids, *completion.token_ids]
+        trained += [False] * num_context + [train] * num_drawn
+        behaviour += [0.0] * num_context + [*(completion.logprobs if train else [0.0] * num_drawn)]
+        versions += [-1] * num_context + [*(completion.versions if train else [-1] * num_drawn)]
+    return Trajectory(
+        group=episode.group,
+        token_ids=np.array(ids, dtype=np.int64),
+        trained=np.array(trained, dtype=np.bool_),
+        behaviour=np.array(behaviour, dtype=np.float64),
+        versions=np.array(versions, dtype=np.int64),
+        prefix_length=len(episode.turns[0].context_ids),
+        advantage=advantage,
+        temperature=episode.temperature,
+    )
+
+
+def assemble(
+    episodes: Sequence[Episode], settings: Advantage, *, skip: bool = True, mask_truncated: bool = False
+) -> tuple[list[Trajectory], StepSummary]:
+    """All trajectories worth computing, grouped as given, and a summary of everything that came.
+
+    Args:
+        episodes: whole groups; order inside and between groups does not matter to the result.
+        settings: the advantage rule.
+        skip: leave out groups without advantage; false where a KL penalty gives them a gradient all the same.
+        mask_truncated: see `trajectory`.
+    """
+    groups: dict[str, list[Episode]] = {}
+    for episode in episodes:
+        members = groups.setdefault(episode.group, [])
+        if episode.outcome == "done":
+            members.append(episode)
+    rule = find_rule(settings.type)
+    kept: list[Trajectory] = []
+    finished: list[Episode] = []
+    stds: list[float] = []
+    skipped = num_tokens = 0
+    for members in groups.values():
+        rewards = np.array([episode.reward for episode in members], dtype=np.float64)
+        advantages = group_advantages(rewards, rule, scale_by_std=settings.scale_by_std, delta=settings.delta)
+        rows = [
+            trajectory(episode, float(advantage), mask_truncated=mask_truncated)
+            for episode, advantage in zip(members, advantages, strict=True)
+        ]
+        finished += members
+        num_tokens += sum(row.num_trained for row in rows)
+        if len(rewards) > 1:
+            stds.append(float(rewards.std(ddof=1)))
+        if not members or (skip and is_uninformative(advantages)):
+            skipped += 1
+            continue
+        kept += [row for row in rows if row.num_trained > 0]
+    summary = StepSummary(
+        num_groups=len(groups),
+        num_groups_skipped=skipped,
+        num_episodes=len(finished),
+        num_tokens=num_tokens,
+        reward_mean=float(np.mean([episode.reward for episode in finished])) if finished else 0.0,
+        reward_std=float(np.mean(stds)) if stds else 0.0,
+        oldest_versions=tuple(episode.version for episode in finished),
+    )
+    return kept, summary

@@ -1,0 +1,56 @@
+"""A policy from a local directory, ready to be trained.
+
+Invariant: nothing is fetched and nothing in the directory is executed; whatever can't be read ends in `ModelError`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from shoal.errors import ModelError
+from shoal.learner.forward import prepare
+
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ModelError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"there is no device '{name}' here.", "Set device to 'auto' or 'cpu'.")
+    return device
+
+
+def load_policy(directory: Path, dtype: Literal["bf16", "fp32"], device: str = "auto") -> PreTrainedModel:
+    """The causal language model in `directory` (Hugging Face layout, safetensors), prepared for training.
+
+    Raises:
+        ModelError: it is missing, damaged, or of a type that can't be trained.
+    """
+    where = resolve_device(device)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            str(directory), dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"the model in {directory} can't be loaded: {reason}", "Check the directory.") from None
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    prepare(model)
+    return model.to(where)

@@ -1,0 +1,153 @@
+"""AdamW on fp32 master weights, whatever the model computes in.
+
+A bf16 weight near 1 can't take a step smaller than 0.4 %; Adam's steps at a learning rate of 1e-5 are a thousand times
+smaller. So the optimizer owns an fp32 copy of every bf16 weight, moves that, and rounds it back. Gradients of
+micro-batches are summed in fp32 as well. For an fp32 model the masters *are* the weights and all of this is
+`torch.optim.AdamW`.
+
+1. Weight decay acts on matrices only; norms and biases are left out, as is usual.
+
+Invariants: after `step` the model holds its masters, rounded; a gradient that is not finite changes nothing at all;
+`load_state_dict(state_dict())` continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shoal.errors import RecordError
+
+
+def learning_rate(peak: float, warmup_steps: int, step: int) -> float:
+    """Constant with linear warm-up: step 0 takes peak / warmup_steps, step warmup_steps - 1 and later the peak."""
+    return peak * min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else peak
+
+
+@dataclass(frozen=True)
+class OptimizerStep:
+    """What a step did: the gradient's global norm before clipping, and whether the weights moved."""
+
+    grad_norm: float
+    applied: bool
+
+
+class MasterAdamW:
+    """AdamW over named parameters.
+
+    Args:
+        parameters: name -> parameter; those of a lower precision than fp32 get a master copy.
+        betas, eps, weight_decay: AdamW's (Loshchilov and Hutter 2019).
+        grad_clip: largest global gradient norm; larger ones are scaled down to it.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        grad_clip: float,
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._masters = {
+            name: p if p.dtype == torch.float32 else p.detach().float() for name, p in self._parameters.items()
+        }
+        self._buffers: dict[str, Tensor] = {}
+        self._grad_clip = grad_clip
+        matrices = [m for m in self._masters.values() if m.ndim >= 2]
+        others = [m for m in self._masters.values() if m.ndim < 2]
+        groups = [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps, fused=True)
+
+    @torch.no_grad()
+    def accumulate(self) -> None:
+        """Add the gradients of one backward pass to the step's sum, in fp32, and free them."""
+        for name, parameter in self._parameters.items():
+            master, grad = self._masters[name], parameter.grad
+            if master is parameter or grad is None:
+                continue
+            if master.grad is None:
+                # Buffers outlive the step: fresh pages for all gradients cost more than the copy.
+                buffer = self._buffers.setdefault(name, torch.empty_like(master))
+                master.grad = buffer.copy_(grad)
+            else:
+                master.grad.add_(grad)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float) -> OptimizerStep:
+        """Clip, move the masters, round them into the model, forget the gradients."""
+        masters = list(self._masters.values())
+        grads = [m.grad for m in masters if m.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+        grad_norm = float(norm)
+        applied = math.isfinite(grad_norm) and bool(grads)
+        if applied:
+            if grad_norm > self._grad_clip:
+                torch._foreach_mul_(grads, self._grad_clip / grad_norm)
+            for group in self._adam.param_groups:
+                group["lr"] = lr
+            self._adam.step()
+            for name, parameter in self._parameters.items():
+                if self._masters[name] is not parameter:
+                    parameter.copy_(self._masters[name])
+        self.zero_grad()
+        return OptimizerStep(grad_norm, applied)
+
+    def zero_grad(self) -> None:
+        """Forget the gradients gathered so far."""
+        for name, parameter in self._parameters.items():
+            parameter.grad = None
+            self._masters[name].grad = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat, for safetensors: `master.NAME` (where it is not the weight itself), `exp_avg.NAME`, …, `step.NAME`."""
+        state: dict[str, Tensor] = {}
+        for name, master in self._masters.items():
+            if master is not self._parameters[name]:
+                state[f"master.{name}"] = master
+            for key, value in self._adam.state.get(master, {}).items():
+                state[f"{key}.{name}"] = value
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state`; the model's weights are set from the masters.
+
+        Raises:
+            RecordError: a tensor is missing, unknown, or has another shape.
+        """
+        expected = set()
+        for name, master in self._masters.items():
+            if master is not self._parameters[name]:
+                expected.add(f"master.{name}")
+            if f"step.{name}" in state:
+                expected |= {f"step.{name}", f"exp_avg.{name}", f"exp_avg_sq.{name}"}
+        if expected != set(state):
+            odd = sorted(expected ^ set(state))
+            raise RecordError(f"the optimizer state does not fit the model: {odd[0]} is missing or unknown.")
+        for name, master in self._masters.items():
+            for key in ("master", "exp_avg", "exp_avg_sq"):
+                tensor = state.get(f"{key}.{name}")
+                if tensor is not None and tensor.shape != master.shape:
+                    raise RecordError(f"optimizer tensor {key}.{name} has shape {tuple(tensor.shape)}.")
+        self._adam.state.clear()
+        for name, master in self._masters.items():
+            if master is not self._parameters[name]:
+                master.copy_(state[f"master.{name}"])
+                self._parameters[name].copy_(master)
+            if f"step.{name}" in state:
+                self._adam.state[master] = {
+                    key: state[f"{key}.{name}"].to(device=master.device, dtype=torch.float32, copy=True)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+        self.zero_grad()

@@ -1,0 +1,224 @@
+"""The learner's process: ask for a step's batch, train on it, publish, report; again until the run is over.
+
+    run/batch(version) ──▶ Trainer.step ──▶ every κ versions: chunks, manifest, signature ──▶ run/step
+                                            every n versions: checkpoint
+
+The learner is a deterministic consumer of a log of batches: killed at any moment it restarts from its newest
+checkpoint at version c, asks for batch c again, and is given what it was given before. Versions it had published
+before the kill are not published again.
+
+Invariants: the weights that are published as version v are those after v steps; a report is sent after what it reports
+is on disk; torch works in one thread beside the loop, so chunks are served and questions answered while it trains.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+
+from shoal.broadcast.publisher import Publisher, write_snapshot
+from shoal.broadcast.store import Store
+from shoal.config import Config
+from shoal.engine.source import resolve
+from shoal.engine.tokenizer import Tokenizer
+from shoal.engine.weights import to_views
+from shoal.errors import NetworkError
+from shoal.fabric.fabric import Fabric
+from shoal.fabric.identity import Identity
+from shoal.fabric.ticket import Ticket
+from shoal.learner import checkpoint
+from shoal.learner.loading import load_policy
+from shoal.learner.trainer import StepMetrics, Trainer
+from shoal.protocol.codec import encode
+from shoal.protocol.work import BatchReply, BatchRequest, StepReply, StepReport
+from shoal.rollout.host import WorkerOptions, model_cache, working
+from shoal.rollout.link import RunLink, join
+
+log = logging.getLogger("shoal.learner")
+
+BATCH_DEADLINE_S = 30.0
+"""The coordinator answers within a few seconds, batch or not."""
+
+EXTRA_VERSIONS = 2
+"""Versions kept published beyond the S + 1 that leases may name: a slow fetch of an older one still ends."""
+
+POLICY = "policy"
+
+
+class LearnerProcess:
+    """One run's learner.
+
+    Args:
+        directory: the run's folder.
+    """
+
+    def __init__(self, config: Config, directory: Path, fabric: Fabric, ticket: Ticket) -> None:
+        self._config = config
+        self._directory = directory
+        self._fabric = fabric
+        self._link = RunLink(fabric, ticket, "learner", "learner", config.learner.device, config.learner.threads)
+        self._store = Store(
+            directory / "snapshots",
+            run=ticket.run,
+            trusted_key=fabric.identity.public_key,
+            durable=False,  # a snapshot can be made again from the checkpoint
+        )
+        self._publisher = Publisher(fabric, self._store)
+        self._trainer: Trainer | None = None
+        self._tokenizer: Tokenizer | None = None
+
+    async def run(self) -> None:
+        """Train until the coordinator says that the run is over."""
+        trainer = self._trainer = await asyncio.to_thread(self._load)
+        await self._publisher.start()
+        await self._fabric.declare_alive()
+        await self._announce_start()
+        saved = False
+        while True:
+            if trainer.version >= self._config.run.steps and not saved:
+                await asyncio.to_thread(self._save_model)
+                saved = True
+            waited_from = asyncio.get_running_loop().time()
+            reply = await self._batch(trainer.version)
+            if reply is None:
+                return
+            assert reply.episodes is not None
+            wait_s = asyncio.get_running_loop().time() - waited_from
+            metrics = await asyncio.to_thread(trainer.step, reply.episodes)
+            await self._finish_step(metrics, wait_s)
+
+    async def _batch(self, version: int) -> BatchReply | None:
+        """The batch of this version, however long it takes; None when the run is over."""
+        while True:
+            try:
+                reply = await self._link.call("batch", BatchRequest(version=version), BatchReply, BATCH_DEADLINE_S)
+            except NetworkError as error:
+                log.warning("no batch yet: %s", error)
+                await asyncio.sleep(1.0)
+                continue
+            if reply.ended:
+                return None
+            if reply.episodes is not None:
+                return reply
+
+    async def _finish_step(self, metrics: StepMetrics, wait_s: float) -> None:
+        trainer, settings, loop = self._trainer, self._config.learner, asyncio.get_running_loop()
+        assert trainer is not None
+        last = trainer.version >= self._config.run.steps
+        started = loop.time()
+        published = None
+        if last or trainer.version % settings.publish_every == 0:
+            published = await self._publish()
+        publish_s = loop.time() - started
+        due = settings.checkpoint_every and trainer.version % settings.checkpoint_every == 0
+        if due or last:
+            await asyncio.to_thread(
+                checkpoint.save, self._directory / "checkpoints", trainer.checkpoint(), keep=settings.keep_checkpoints
+            )
+        busy_s = metrics["train_s"] + publish_s
+        timing = {
+            "wait_s": wait_s,
+            "publish_s": publish_s,
+            "checkpoint_s": loop.time() - started - publish_s,
+            "utilisation": metrics["train_s"] / max(wait_s + busy_s, 1e-9),
+            "tokens_per_s": metrics["tokens"] / max(wait_s + busy_s, 1e-9),
+        }
+        await self._report(
+            trainer.version, {**metrics, **timing}, published=published, checkpointed=bool(due or last)
+        )
+
+    async def _announce_start(self) -> None:
+        """Tell the coordinator the newest version that workers can have: an earlier life's, or the present one."""
+        newest = await asyncio.to_thread(self._store.latest, POLICY)
+        if newest is None:
+            await self._report(0, {}, published=await self._publish())
+        else:
+            await self._report(newest.manifest.version, {}, published=encode(newest.signed))
+
+    async def _publish(self) -> bytes | None:
+        """Put the present weights on the chain and give the signed manifest's bytes; None if an earlier life did."""
+        trainer = self._trainer
+        assert trainer is not None
+        version = trainer.version
+        newest = await asyncio.to_thread(self._store.latest, POLICY)
+        if newest is not None and newest.manifest.version >= version:
+            return None
+        published = await asyncio.to_thread(
+            lambda: write_snapshot(self._store, self._fabric.identity, POLICY, version, to_views(trainer.tensors()))
+        )
+        keep = self._config.learner.max_staleness + 1 + EXTRA_VERSIONS
+        await asyncio.to_thread(self._store.prune, POLICY, keep)
+        await self._publisher.announce(POLICY, version)
+        return encode(published.signed)
+
+    async def _report(
+        self, version: int, metrics: StepMetrics, *, published: bytes | None, checkpointed: bool = False
+    ) -> None:
+        report = StepReport(version=version, metrics=metrics, manifest=published, checkpointed=checkpointed)
+        while True:
+            try:
+                await self._link.call("step", report, StepReply, BATCH_DEADLINE_S)
+                return
+            except NetworkError as error:
+                log.warning("step %d is not reported yet: %s", version, error)
+                await asyncio.sleep(1.0)
+
+    def _load(self) -> Trainer:
+        """The model, continued from the newest checkpoint if there is one."""
+        settings = self._config.learner
+        torch.set_num_threads(settings.threads)
+        torch.manual_seed(self._config.run.seed)
+        local = resolve(self._config.model.name, model_cache())
+        self._tokenizer = Tokenizer(local.directory)
+        model = load_policy(local.directory, self._config.model.dtype, settings.device)
+        trainer = Trainer(model, settings, max_response_tokens=self._config.rollout.max_tokens)
+        newest = checkpoint.load_latest(self._directory / "checkpoints")
+        if newest is not None:
+            trainer.restore(newest)
+            log.info("continuing from the checkpoint of version %d", newest.version)
+        return trainer
+
+    def _save_model(self) -> None:
+        assert self._trainer is not None and self._tokenizer is not None
+        self._trainer.save_pretrained(self._directory / "model", self._tokenizer.hf)
+
+
+async def run_learner(config: Config, directory: Path, ticket: Ticket) -> None:
+    """Be the learner of the run in `directory` until it is over."""
+    identity = Identity.load_or_create(directory / "identity" / "learner")
+    async with await Fabric.connect(identity, ticket, config.network.join_timeout_s) as fabric:
+        learner = config.learner
+        await join(fabric, ticket, "learner", "learner", device=learner.device, threads=learner.threads)
+        async with _colocated_worker(config, directory, fabric, ticket):
+            await LearnerProcess(config, directory, fabric, ticket).run()
+
+
+@asynccontextmanager
+async def _colocated_worker(
+    config: Config, directory: Path, fabric: Fabric, ticket: Ticket
+) -> AsyncIterator[None]:
+    """In colocated mode the learner's own process acts, too; S = 0 makes sampling and training take turns."""
+    if config.learner.mode != "colocated":
+        yield
+        return
+    workers = config.workers
+    options = WorkerOptions(
+        name="learner",
+        threads=config.learner.threads,
+        device=workers.device,
+        max_sequences=workers.max_sequences,
+        cache_tokens=workers.cache_tokens,
+        local_store=directory / "snapshots",
+    )
+    async with working(fabric, ticket, options, role="learner") as worker:
+        acting = asyncio.create_task(worker.run())
+        try:
+            yield
+        finally:
+            worker.stop()
+            await asyncio.gather(acting, return_exceptions=True)

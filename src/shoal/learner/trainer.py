@@ -1,0 +1,254 @@
+"""One optimizer step from one batch of episodes.
+
+    step(episodes) = assemble → forward_backward(batch) → optim_step() → version + 1
+
+Responsibilities: the order of these, the version, the metrics. What each does is elsewhere.
+
+Invariants: the version rises by exactly one with each step, also where nothing could be learnt; a loss or gradient
+that is not finite, and a batch without any advantage, leave weights and optimizer as they were and are reported
+(`nonfinite`, `groups_skipped`); the same weights, state and episodes give the same result, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from shoal.config.learner import GspoLoss, Learner
+from shoal.errors import ConfigError, RecordError, StorageError
+from shoal.learner.batch import StepSummary, assemble
+from shoal.learner.checkpoint import Checkpoint
+from shoal.learner.forward import prepare, response_logprobs
+from shoal.learner.lora import adapters_off, add_adapters, merged_tensors
+from shoal.learner.losses.common import LossOutput, RatioStats, TokenInputs
+from shoal.learner.losses.grpo import grpo_loss
+from shoal.learner.losses.gspo import gspo_loss
+from shoal.learner.losses.normalisation import Denominators, token_weights
+from shoal.learner.optimizer import MasterAdamW, OptimizerStep, learning_rate
+from shoal.learner.packing import MicroBatch, pack
+from shoal.protocol.episode import Episode
+
+StepMetrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What `forward_backward` takes: the micro-batches of a step, its denominators, and what was left out."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    denominators: Denominators
+    summary: StepSummary
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What `forward_backward` found."""
+
+    loss: float
+    stats: RatioStats
+
+
+class Trainer:
+    """A policy and its optimizer.
+
+    Args:
+        model: a causal language model on its device; trained in place.
+        settings: the `[learner]` table.
+        max_response_tokens: the constant of the `dr_grpo` normalisation; needed for that one only.
+        version: the policy version that `model` is.
+
+    Raises:
+        ModelError: the model's type can't be trained here.
+        ConfigError: the settings ask for something that does not fit.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, settings: Learner, *, max_response_tokens: int = 0, version: int = 0
+    ) -> None:
+        prepare(model)
+        if settings.loss.normalisation == "dr_grpo" and max_response_tokens < 1:
+            raise ConfigError("normalisation = 'dr_grpo' needs the token limit of a response.")
+        self.model = model
+        self.settings = settings
+        self.version = version
+        self._max_response_tokens = max_response_tokens
+        self._reference: PreTrainedModel | None = None
+        if settings.lora is not None:
+            add_adapters(model, settings.lora)
+        elif settings.loss.kl_beta > 0:
+            self._reference = copy.deepcopy(model).requires_grad_(False)
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+            if settings.lora is not None:
+                model.enable_input_require_grads()
+        self.optimizer = MasterAdamW(
+            self.trainable(),
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            grad_clip=settings.grad_clip,
+        )
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters being trained, by name; tied ones once."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def step(self, episodes: Sequence[Episode]) -> StepMetrics:
+        """Make version + 1 from whole groups of episodes, and say how it went."""
+        started = time.perf_counter()
+        batch = self.batch(episodes)
+        result = self.forward_backward(batch)
+        lr = learning_rate(self.settings.lr, self.settings.warmup_steps, self.version)
+        outcome = self.optim_step()
+        metrics = self._metrics(batch, result, outcome, lr)
+        metrics["train_s"] = time.perf_counter() - started
+        return metrics
+
+    def batch(self, episodes: Sequence[Episode]) -> StepBatch:
+        """Advantages, trajectories and micro-batches of one step."""
+        # A KL penalty has a gradient in groups without advantage too, so then they are computed.
+        kept, summary = assemble(episodes, self.settings.advantage, skip=self.settings.loss.kl_beta == 0)
+        denominators = Denominators(summary.num_episodes, summary.num_tokens, self._max_response_tokens)
+        return StepBatch(tuple(pack(kept, self.settings.microbatch_tokens)), denominators, summary)
+
+    def forward_backward(self, batch: StepBatch) -> PassResult:
+        """Add the gradients of the step's loss to the optimizer's; stops at the first loss that is not finite."""
+        self.model.train()
+        result = PassResult(0.0, RatioStats())
+        for micro in batch.micro_batches:
+            output = self._loss(micro, batch.denominators)
+            loss = float(output.loss.detach())
+            result = PassResult(result.loss + loss, result.stats + output.stats)
+            if not math.isfinite(loss):
+                self.optimizer.zero_grad()
+                break
+            output.loss.backward()
+            self.optimizer.accumulate()
+        return result
+
+    def optim_step(self) -> OptimizerStep:
+        """Apply the gathered gradients, if there are any and they are finite; the version rises in any case."""
+        lr = learning_rate(self.settings.lr, self.settings.warmup_steps, self.version)
+        outcome = self.optimizer.step(lr)
+        self.version += 1
+        return outcome
+
+    def _loss(self, micro: MicroBatch, denominators: Denominators) -> LossOutput:
+        settings = self.settings.loss
+        logprobs, entropy = response_logprobs(self.model, micro, recompute=self.settings.gradient_checkpointing)
+        weights = token_weights(settings.normalisation, micro.lengths, denominators)
+
+        def on_device(array: np.ndarray[Any, Any]) -> Tensor:
+            return torch.from_numpy(array).to(logprobs.device)
+
+        inputs = TokenInputs(
+            logprobs=logprobs,
+            behaviour=on_device(micro.behaviour).float(),
+            advantages=on_device(micro.advantages).float(),
+            weights=on_device(weights).float(),
+            sequence=on_device(micro.sequence),
+            num_sequences=len(micro.members),
+        )
+        if settings.kl_beta > 0:
+            inputs = replace(inputs, reference=self._reference_logprobs(micro))
+        if isinstance(settings, GspoLoss):
+            return gspo_loss(inputs, settings, entropy)
+        return grpo_loss(inputs, settings, entropy)
+
+    @torch.no_grad()
+    def _reference_logprobs(self, micro: MicroBatch) -> Tensor:
+        if self._reference is not None:
+            return response_logprobs(self._reference, micro)[0]
+        self.model.eval()
+        with adapters_off(self.model):
+            logprobs = response_logprobs(self.model, micro)[0]
+        self.model.train()
+        return logprobs
+
+    def _metrics(self, batch: StepBatch, result: PassResult, outcome: OptimizerStep, lr: float) -> StepMetrics:
+        """Every key is always there and finite; ratios of a step that trained no token are 1, its averages 0."""
+        summary, stats = batch.summary, result.stats
+        tokens = max(stats.tokens, 1)
+        staleness = [self.version - 1 - oldest for oldest in summary.oldest_versions] or [0]
+        metrics = {
+            "reward": summary.reward_mean,
+            "reward_std": summary.reward_std,
+            "loss": result.loss,
+            "grad_norm": outcome.grad_norm,
+            "lr": lr,
+            "entropy": stats.entropy_sum / tokens,
+            "mismatch_kl": stats.k3_sum / tokens,
+            "mismatch_k1": stats.k1_sum / tokens,
+            "ratio_mean": stats.ratio_sum / tokens if stats.tokens else 1.0,
+            "ratio_max": stats.ratio_max if stats.tokens else 1.0,
+            "ratio_min": stats.ratio_min if stats.tokens else 1.0,
+            "clip_fraction": stats.clipped / tokens,
+            "response_tokens_mean": summary.num_tokens / max(summary.num_episodes, 1),
+            "tokens": float(summary.num_tokens),
+            "trained_tokens": float(stats.tokens),
+            "packed_tokens": float(sum(len(micro.input_ids) for micro in batch.micro_batches)),
+            "groups": float(summary.num_groups),
+            "groups_skipped": float(summary.num_groups_skipped),
+            "staleness_mean": sum(staleness) / len(staleness),
+            "staleness_max": float(max(staleness)),
+            "applied": float(outcome.applied),
+        }
+        nonfinite = not math.isfinite(result.loss) or not math.isfinite(outcome.grad_norm)
+        metrics = {key: value if math.isfinite(value) else 0.0 for key, value in metrics.items()}
+        return {**metrics, "nonfinite": float(nonfinite)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The policy by state-dict names, adapters merged, tied weights once, in the model's dtype.
+
+        Without LoRA these are the live weights: copy or encode them before the next step.
+        """
+        return merged_tensors(self.model)
+
+    def checkpoint(self, extra: Mapping[str, bytes] | None = None) -> Checkpoint:
+        """All that `restore` needs, as live tensors: save it before the next step. `extra` are the caller's files."""
+        weights = {name: parameter.detach() for name, parameter in self.trainable().items()}
+        return Checkpoint(self.version, weights, self.optimizer.state_dict(), extra=extra or {})
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue where `checkpoint` was taken: weights, optimizer, version, and this process's random state.
+
+        Raises:
+            StorageError: it is of another model or of other settings.
+        """
+        own = self.trainable()
+        shapes = {name: parameter.shape for name, parameter in own.items()}
+        if shapes != {name: tensor.shape for name, tensor in checkpoint.weights.items()}:
+            raise StorageError(
+                "the checkpoint is of another model, or of other LoRA settings.", "Resume with the run's own settings."
+            )
+        try:
+            self.optimizer.load_state_dict(checkpoint.optimizer)
+        except RecordError as error:
+            raise StorageError(f"the checkpoint does not fit: {error}", "Resume with the run's own settings.") from None
+        for name, parameter in own.items():
+            parameter.copy_(checkpoint.weights[name])
+        self.version = checkpoint.version
+        checkpoint.random.restore()
+
+    def save_pretrained(self, directory: Path, tokenizer: Any = None) -> None:
+        """Write the policy, adapters merged, in Hugging Face format, and its tokenizer if given."""
+        config = copy.deepcopy(self.model.config)
+        plain = AutoModelForCausalLM.from_config(config, dtype=self.model.dtype, attn_implementation="sdpa")
+        plain.load_state_dict({name: value.cpu() for name, value in self.tensors().items()}, strict=False)
+        plain.tie_weights()
+        if self.model.generation_config is not None:
+            plain.generation_config = copy.deepcopy(self.model.generation_config)
+        plain.save_pretrained(directory)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(directory)

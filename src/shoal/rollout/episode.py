@@ -1,0 +1,109 @@
+"""`run_episode`: one task, one sampler, one environment, from reset to the last reward.
+
+Invariants: the token sequence is what was sampled (`protocol.episode`); a fault of the sampler or of the environment's
+machinery gives a `void` episode that says why; the environment is closed whatever happens.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from shoal.engine.tokenizer import Tokenizer
+from shoal.envs.base import Environment
+from shoal.errors import ShoalError
+from shoal.protocol.episode import MAX_TURNS, Episode, Outcome, Task, Turn
+from shoal.protocol.sampling import Sampler, SampleRequest, SamplingParams
+
+SEED_STRIDE = 0x9E3779B97F4A7C15
+"""Spreads the sampling seeds of an episode's turns (the golden ratio in 64 bits)."""
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """Which episode to run: identity, task, and how to sample."""
+
+    id: str
+    group: str
+    index: int
+    task: Task
+    params: SamplingParams
+    """Its seed is the episode's; each turn derives its own."""
+    min_version: int = 0
+    worker: str = ""
+
+
+async def run_episode(
+    spec: EpisodeSpec,
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    env: Environment,
+    *,
+    context_tokens: int,
+    on_tokens: Callable[[int], None] = lambda _: None,
+) -> Episode:
+    """Act until the environment is done, the context is full, or something breaks.
+
+    Args:
+        env: a fresh instance; closed here.
+        context_tokens: the sequence, prompt and completions together, may not be longer.
+        on_tokens: told how many tokens each turn drew, for heartbeats.
+    """
+    started = time.time()
+    turns: list[Turn] = []
+    reward, parts, reason = 0.0, {}, ""
+    outcome: Outcome = "done"
+    used = 0
+    try:
+        first = await env.reset(spec.task)
+        context = tokenizer.prompt(first.messages)
+        shown = first.messages[-1].content
+        sequence: list[int] = []
+        while len(turns) < MAX_TURNS:
+            sequence += context
+            used = len(sequence)
+            room = min(spec.params.max_tokens, context_tokens - used)
+            if room < 1:
+                if not turns:
+                    raise ShoalError(f"the task's prompt has {used} tokens, and the context is {context_tokens}.")
+                break
+            seed = None if spec.params.seed is None else (spec.params.seed + SEED_STRIDE * len(turns)) % 2**63
+            params = replace(spec.params, max_tokens=room, seed=seed)
+            completion = await sampler.sample(
+                SampleRequest(prompt_ids=tuple(sequence), params=params, min_version=spec.min_version)
+            )
+            if completion.finish in ("cancelled", "error"):
+                raise ShoalError(f"sampling ended with '{completion.finish}'.")
+            turns.append(Turn(context_ids=tuple(context), observation=shown, completion=completion))
+            on_tokens(len(completion.token_ids))
+            step = await env.step(completion.text, truncated=completion.finish == "length")
+            reward += step.reward
+            parts = step.info
+            if step.done:
+                break
+            sequence += completion.token_ids
+            context = tokenizer.continuation(completion.token_ids, step.observation)
+            shown = step.observation
+    except (ShoalError, OSError, TimeoutError) as error:
+        # Surviving here is the feature: infrastructure's failure is told apart from the agent's.
+        outcome, reason = "void", str(error)[:1000] or type(error).__name__
+    finally:
+        await env.close()
+    return Episode(
+        id=spec.id,
+        group=spec.group,
+        index=spec.index,
+        task=spec.task,
+        turns=tuple(turns),
+        outcome=outcome,
+        reward=reward if outcome == "done" else 0.0,
+        reward_parts=dict(parts) if outcome == "done" else {},
+        void_reason=reason,
+        temperature=spec.params.temperature,
+        worker=spec.worker,
+        started_at=started,
+        finished_at=time.time(),
+    )
