@@ -59,4 +59,8 @@ async def main(command: str, *args: str) -> None:
     await fabric.close()
 
 
-asyncio.run(main(*sys.argv[1:]))
+try:
+    asyncio.run(main(*sys.argv[1:]))
+except ShoalError as error:
+    print("error", type(error).__name__, error, flush=True)
+    sys.exit(1)

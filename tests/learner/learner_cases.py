@@ -7,8 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from shoal.protocol.episode import Episode, Outcome, Task, Turn
 from shoal.protocol.sampling import Completion, FinishReason
@@ -21,8 +28,8 @@ def tiny_model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.fl
     torch.manual_seed(seed)
     shape: dict[str, Any] = {
         "vocab_size": VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 48,
+        "hidden_size": 48,
+        "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
@@ -35,7 +42,7 @@ def tiny_model(kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.fl
     if kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
     elif kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**{**shape, "head_dim": None, "hidden_size": 48}))
+        model = Qwen2ForCausalLM(Qwen2Config(**{key: value for key, value in shape.items() if key != "head_dim"}))
     else:
         model = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=False))
     return model.to(dtype)

@@ -191,9 +191,13 @@ def _children(config: Config, run: RunDir) -> list[tuple[str, list[str]]]:
 
 async def _keep_alive(children: Children, coordinator: Coordinator, name: str, arguments: list[str]) -> None:
     """Start a child, and again when it dies before the run is over."""
-    threads = {"OMP_NUM_THREADS": str(_threads_of(coordinator.config, name)), "TOKENIZERS_PARALLELISM": "false"}
+    settings = {
+        "OMP_NUM_THREADS": str(_threads_of(coordinator.config, name)),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",  # some task generators' draws depend on it
+    }
     for attempt in range(MAX_RESTARTS + 1):
-        child = await children.start(name, arguments, threads)
+        child = await children.start(name, arguments, settings)
         code = await child.process.wait()
         if coordinator.control.ended:
             return

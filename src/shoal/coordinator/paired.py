@@ -43,6 +43,11 @@ def paired_interval(before: Sequence[bool], after: Sequence[bool], confidence: f
     return max(-1.0, gain - below), min(1.0, gain + above)
 
 
+def interval(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share seen in `n` independent cases (Wilson 1927), as fractions."""
+    return _wilson(share, n, NormalDist().inv_cdf((1 + confidence) / 2))
+
+
 def _wilson(p: float, n: int, z: float) -> tuple[float, float]:
     centre = p + z * z / (2 * n)
     spread = z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))

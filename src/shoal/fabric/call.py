@@ -103,7 +103,7 @@ class _Question:
 
         finished = False
         try:
-            await self._core.blocking(send)
+            await self._core.send(self._header.to or self._header.key.encode(), send)
             while (sample := await self._answers.get()) is not None:
                 answer = await self._believe(sample)
                 if answer is not None:

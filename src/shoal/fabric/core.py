@@ -35,8 +35,19 @@ MAX_MESSAGE_BYTES = 80 * 2**20
 HASH_OFF_LOOP_BYTES = 256 * 1024
 """Bodies larger than this are hashed in the pool: below it the hand-over costs more than the hash."""
 
-SEND_THREADS = 16
+SEND_THREADS = 64
 """Each waits on one slow link at a time; they cost nothing while they wait."""
+
+LANE_WIDTH = 8
+"""Threads that one destination may hold, so that a peer which takes nothing cannot hold up what others are sent."""
+
+
+class Lane:
+    """The sends to one destination: how many are there, and the slots they share."""
+
+    def __init__(self) -> None:
+        self.slots = asyncio.Semaphore(LANE_WIDTH)
+        self.num_users = 0
 
 
 @dataclass
@@ -52,11 +63,25 @@ class Core:
     pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(SEND_THREADS, thread_name_prefix="shoal-fabric")
     )
+    lanes: dict[bytes, Lane] = field(default_factory=dict)
+    """By destination; a lane lasts as long as somebody sends in it."""
     closed: bool = False
 
     async def blocking(self, call: Callable[..., T], *args: Any) -> T:
         """Run a call that may block in the pool."""
         return await self.loop.run_in_executor(self.pool, call, *args)
+
+    async def send(self, destination: bytes, call: Callable[..., T], *args: Any) -> T:
+        """`blocking`, for calls that wait while the link to `destination` (a public key or a key) takes nothing."""
+        lane = self.lanes.setdefault(destination, Lane())
+        lane.num_users += 1
+        try:
+            async with lane.slots:
+                return await self.blocking(call, *args)
+        finally:
+            lane.num_users -= 1
+            if lane.num_users == 0:
+                del self.lanes[destination]
 
     def post(self, call: Callable[..., object], *args: Any) -> bool:
         """From any thread: run `call` on the loop soon; False if the loop is gone."""

@@ -177,7 +177,7 @@ class Service:
         def send() -> None:
             query.reply(query.key_expr, body, attachment=attachment)
 
-        await self._core.blocking(send)
+        await self._core.send(header.sender, send)
 
 
 def _drop(query: zenoh.Query) -> None:

@@ -30,6 +30,9 @@ from shoal.fabric.tls import connector_config, listener_config, probe_context
 LEASE_S = 2.0
 """A peer silent for this long is gone (Zenoh's default of 10 s finds a cut cable in 7.8 s, this in 2.0)."""
 
+HANDSHAKE_S = 5.0
+"""A handshake that takes longer is given up and begun anew; a few round trips are enough for one."""
+
 PROBE_RETRY_S = 0.2
 PORT_ATTEMPTS = 5
 """A free port found by binding may be taken by another before Zenoh binds it; then the next one is tried."""
@@ -140,9 +143,14 @@ def _settings(mode: str, lease_s: float) -> dict[str, Any]:
         "scouting/multicast/enabled": False,
         "scouting/gossip/enabled": False,
         "scouting/delay": 0,
+        "connect/retry": {"period_init_ms": 200, "period_max_ms": 2000, "period_increase_factor": 2},
         "listen/endpoints": [],
         "transport/link/tx/lease": int(lease_s * 1000),
         "transport/link/rx/max_message_size": MAX_MESSAGE_BYTES,
+        # A link that takes nothing for as long as the lease is as good as silent.
+        "transport/link/tx/queue/congestion_control/block/wait_before_close": int(lease_s * 1e6),
+        "transport/unicast/open_timeout": int(HANDSHAKE_S * 1000),
+        "transport/unicast/accept_timeout": int(HANDSHAKE_S * 1000),
         "transport/shared_memory/enabled": False,
         "adminspace/enabled": False,
     }

@@ -47,7 +47,7 @@ async def publish(core: Core, topic: str, body: bytes, *, wait: bool) -> None:
     def send() -> None:
         core.session.put(key, body, attachment=attachment, congestion_control=congestion)
 
-    await core.blocking(send)
+    await core.send(key.encode(), send)
 
 
 class Subscription:

@@ -200,7 +200,7 @@ def load(directory: Path) -> Checkpoint:
             extra={e.name: (directory / e.name).read_bytes() for e in manifest.files if e.name not in own},
         )
     except (OSError, RecordError, SafetensorError) as error:
-        raise StorageError(f"checkpoint {directory} is damaged: {error}") from None
+        raise StorageError(f"checkpoint {directory} is damaged: {str(error).rstrip('.')}.") from None
 
 
 def _write(scratch: Path, checkpoint: Checkpoint) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,16 +48,21 @@ def add_adapters(model: PreTrainedModel, settings: Lora) -> None:
         parameter.requires_grad_("lora_" in name)
 
 
+def _adapted_layers(model: PreTrainedModel) -> dict[str, Any]:
+    """Known by what they offer, so that peft is imported only where adapters are put in."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+
+
 @contextmanager
 def adapters_off(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model computes as it did before it had adapters."""
-    layers = [module for module in model.modules() if hasattr(module, "enable_adapters")]
-    for layer in layers:
+    layers = _adapted_layers(model)
+    for layer in layers.values():
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in layers.values():
             layer.enable_adapters(True)
 
 
@@ -66,10 +72,9 @@ def merged_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
     Without adapters these are the model's own tensors, not copies.
     """
-    deltas: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "get_delta_weight"):  # a LoRA layer; peft is imported only where there are some
-            deltas[f"{name}.base_layer.weight"] = module.get_delta_weight(ADAPTER)
+    deltas = {
+        f"{name}.base_layer.weight": layer.get_delta_weight(ADAPTER) for name, layer in _adapted_layers(model).items()
+    }
     found: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():  # lists a tied weight once, under its first name
         if ".lora_" in name:

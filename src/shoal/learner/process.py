@@ -128,9 +128,7 @@ class LearnerProcess:
             "utilisation": metrics["train_s"] / max(wait_s + busy_s, 1e-9),
             "tokens_per_s": metrics["tokens"] / max(wait_s + busy_s, 1e-9),
         }
-        await self._report(
-            trainer.version, {**metrics, **timing}, published=published, checkpointed=bool(due or last)
-        )
+        await self._report(trainer.version, {**metrics, **timing}, published=published, checkpointed=bool(due or last))
 
     async def _announce_start(self) -> None:
         """Tell the coordinator the newest version that workers can have: an earlier life's, or the present one."""
@@ -199,9 +197,7 @@ async def run_learner(config: Config, directory: Path, ticket: Ticket) -> None:
 
 
 @asynccontextmanager
-async def _colocated_worker(
-    config: Config, directory: Path, fabric: Fabric, ticket: Ticket
-) -> AsyncIterator[None]:
+async def _colocated_worker(config: Config, directory: Path, fabric: Fabric, ticket: Ticket) -> AsyncIterator[None]:
     """In colocated mode the learner's own process acts, too; S = 0 makes sampling and training take turns."""
     if config.learner.mode != "colocated":
         yield
