@@ -31,7 +31,7 @@ def run(*overrides: Overrides, seed: int = 0, control: Flag = False, json: Json 
     from shoal.cli.live import LiveView
     from shoal.cli.training import new_run, train
     from shoal.config import load_config
-    from shoal.coordinator.report import write_report
+    from shoal.coordinator.reporting.page import write_report
 
     name = f"demo-{'control-' if control else ''}seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     mine = ["--run.name", name, "--run.seed", str(seed), "--rollout.shuffle_rewards", str(control).lower()]

@@ -60,7 +60,7 @@ async def _evaluate(
     name: str, config_name: str, questions: int, max_tokens: int, temperature: float, seed: int, threads: int, device: str
 ) -> dict[str, Any]:
     from shoal.config import load_config
-    from shoal.coordinator.paired import interval
+    from shoal.coordinator.reporting.paired import interval
     from shoal.coordinator.tasks import TaskSource, make_environments
     from shoal.engine.local import LocalEngine
     from shoal.engine.source import resolve

@@ -70,7 +70,7 @@ def run(
 
 def finish(summary: dict[str, Any], path: Any, *, json: bool, plots: bool) -> None:
     """Write the report and say how the run went."""
-    from shoal.coordinator.report import write_report
+    from shoal.coordinator.reporting.page import write_report
 
     report = write_report(path) if plots else None
     if json:

@@ -22,7 +22,7 @@ from typing import Any
 
 from shoal.config import Config, load_config, to_toml
 from shoal.coordinator.control import Control
-from shoal.coordinator.paired import paired_interval
+from shoal.coordinator.reporting.paired import paired_interval
 from shoal.coordinator.processes import Child, Children
 from shoal.coordinator.rundir import RunDir
 from shoal.coordinator.service import Coordinator

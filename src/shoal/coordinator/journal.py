@@ -11,14 +11,14 @@ at most one batch; a batch, once formed, never changes.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Container, Iterable
+from typing import Literal
 
 from msgspec.structs import replace
 
 from shoal.coordinator.rundir import RunDir
 from shoal.envs.base import stable_int
-from shoal.errors import RecordError
+from shoal.errors import RecordError, StorageError
 from shoal.planning.queue import GroupQueue
 from shoal.protocol.codec import Record, decode, encode, read_jsonl
 from shoal.protocol.episode import Episode
@@ -50,6 +50,8 @@ class Journal:
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
+        self.num_batches = 0
+        """Batches formed so far: those of steps 0 to `num_batches` - 1."""
 
     def note(self, what: Literal["start", "lost", "accept", "batch", "sweep"], *numbers: int, version: int = 0) -> None:
         """Append one line."""
@@ -73,6 +75,7 @@ class Journal:
             episodes = [replace(e, reward=r) for e, r in zip(episodes, rewards, strict=True)]
         self._run.write_atomic(f"batches/{step:06d}", encode(EpisodeFile(episodes=tuple(episodes))))
         self.note("batch", *numbers, version=step)
+        self.num_batches = max(self.num_batches, step + 1)
         for number in numbers:
             (self._run.path / f"buffer/{number:06d}").unlink(missing_ok=True)
         return tuple(episodes)
@@ -99,8 +102,9 @@ class Journal:
     def replay(self, queue: GroupQueue) -> int:
         """Bring a fresh queue to the journal's end; gives the number of rollout groups that were running.
 
-        A batch file without its line (the kill came between) is removed: the batch will be formed again.
+        Files without their line (the kill came between) are removed: what they held will be made again.
         """
+        self._run.cut_half_line(JOURNAL)
         path = self._run.path / JOURNAL
         batches: set[int] = set()
         for entry in read_jsonl(path, Entry) if path.exists() else ():
@@ -108,33 +112,48 @@ class Journal:
                 self._apply(queue, entry, number)
             if entry.what == "batch":
                 batches.add(entry.version)
-        for file in (self._run.path / "batches").iterdir():
-            if not file.name.isdigit() or int(file.name) not in batches:
-                file.unlink()
+        self.num_batches = max(batches, default=-1) + 1
+        self._keep_only("batches", batches)
+        self._keep_only("buffer", queue.buffered)
         was_running = len(queue.running)
-        for number in list(queue.running):
+        for number in sorted(queue.running):
             queue.lost(number)
             self.note("lost", number)
         return was_running
 
+    def _keep_only(self, folder: str, numbers: Container[int]) -> None:
+        for file in (self._run.path / folder).iterdir():
+            if not file.name.isdigit() or int(file.name) not in numbers:
+                file.unlink()
+
     @staticmethod
     def _apply(queue: GroupQueue, entry: Entry, number: int) -> None:
+        """One line's effect on one group; a line that cannot follow those before it is damage, and is named."""
+        drawn = number < queue.next_number
         match entry.what:
-            case "start":
-                if number in queue.pending:
+            case "start" if number in queue.pending or not drawn:
+                if drawn:
                     queue.pending.remove(number)
                 queue.running.add(number)
                 queue.next_number = max(queue.next_number, number + 1)
-            case "lost":
+            case "lost" if number in queue.running:
                 queue.lost(number)
-            case "accept":
+            case "accept" if number in queue.running:
                 queue.finish(number, entry.version)
-            case "batch" | "sweep":
-                if number not in queue.buffered:
-                    raise RecordError(f"the journal takes group {number} out of the buffer, where it is not.")
+            case "batch" | "sweep" if number in queue.buffered:
                 del queue.buffered[number]
                 queue.counts["consumed" if entry.what == "batch" else "swept"] += 1
+            case _:
+                raise RecordError(
+                    f"the run's journal is damaged: it says '{entry.what}' of group {number}, which cannot be.",
+                    "Start a new run.",
+                )
 
     def _read(self, name: str) -> tuple[Episode, ...]:
-        data: Any = (self._run.path / name).read_bytes()
+        try:
+            data = (self._run.path / name).read_bytes()
+        except OSError as error:
+            raise StorageError(
+                f"{self._run.path / name} cannot be read: {error.strerror}.", "The run cannot go on without it."
+            ) from None
         return decode(data, EpisodeFile, max_bytes=2**32).episodes

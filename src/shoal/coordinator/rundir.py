@@ -6,23 +6,33 @@
     journal.jsonl    the queue's history               checkpoints/    the learner's
     snapshots/       published versions                model/          the trained model, Hugging Face format
     logs/            one file a process                summary.json, report.html, plots/
-    secrets.json     join secret and port, mode 0600   identity/       the coordinator's key
+    secrets.json     join secret and port, mode 0600   identity/       keys of the run's own processes
+    evals/           answers to held-out questions     consumed.json   whose rollouts trained, and how stale
 
-Invariants: a file written by `write_atomic` is whole or absent; an appended line is whole or the last.
+Invariants: a file written by `write_atomic` is whole or absent; an appended line is whole or the last, and half a line
+that a killed writer left is cut off before anything is read or appended; one process at a time runs a run (`lock`).
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
 import time
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from shoal.errors import RunError, StorageError
 from shoal.protocol.codec import Record, to_json
 from shoal.protocol.event import Event
+
+
+FOLDERS = ("batches", "buffer", "episodes", "evals", "logs", "identity", "snapshots", "checkpoints")
+
+SCAN_BYTES = 1 << 16
+"""Read at once while looking back for the last line's end."""
 
 
 class RunDir:
@@ -30,7 +40,8 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
-        self._appending: dict[str, BinaryIO] = {}
+        self._appending: dict[str, FileIO] = {}
+        self._lock: FileIO | None = None
 
     @classmethod
     def create(cls, path: Path) -> RunDir:
@@ -42,10 +53,9 @@ class RunDir:
                     f"there is a run in {run.path} already.",
                     "Continue it with --resume, or choose another run.name.",
                 )
-            for part in ("batches", "buffer", "episodes", "logs", "identity", "snapshots", "checkpoints"):
-                (run.path / part).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _storage_error(run.path, error) from None
+        run._make_folders()
         return run
 
     @classmethod
@@ -54,9 +64,32 @@ class RunDir:
         run = cls(path)
         if not (run.path / "config.toml").exists():
             raise RunError(f"there is no run in {run.path}.", "List the folder 'runs' to see which there are.")
-        for part in ("batches", "buffer", "episodes", "logs", "identity", "snapshots", "checkpoints"):
-            (run.path / part).mkdir(parents=True, exist_ok=True)
+        run._make_folders()
         return run
+
+    def _make_folders(self) -> None:
+        try:
+            for part in FOLDERS:
+                (self.path / part).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _storage_error(self.path, error) from None
+
+    def lock(self) -> None:
+        """Keep the run to this process until it ends or closes the run, however it ends.
+
+        Raises:
+            RunError: another process runs it.
+        """
+        try:
+            self._lock = (self.path / "lock").open("ab", buffering=0)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise RunError(
+                f"the run in {self.path} is going on in another process.", "Wait for it, or end it first."
+            ) from None
+        except OSError as error:
+            raise _storage_error(self.path, error) from None
 
     @property
     def name(self) -> str:
@@ -81,12 +114,32 @@ class RunDir:
         try:
             file = self._appending.get(name)
             if file is None:
+                self.cut_half_line(name)
                 file = self._appending[name] = (self.path / name).open("ab", buffering=0)
-                if file.tell() and not (self.path / name).read_bytes().endswith(b"\n"):
-                    file.write(b"\n")  # a killed writer left half a line: it stays alone
-            file.write(line + b"\n")
+            rest = memoryview(line + b"\n")
+            while rest:  # a disk that is nearly full takes a part without complaint
+                rest = rest[file.write(rest) :]
         except OSError as error:
             raise _storage_error(self.path, error) from None
+
+    def cut_half_line(self, name: str) -> None:
+        """Remove the unfinished last line that a killed writer left."""
+        path = self.path / name
+        if not path.exists():
+            return
+        with path.open("rb+") as file:
+            end = file.seek(0, os.SEEK_END)
+            whole = end
+            while whole:
+                start = max(0, whole - SCAN_BYTES)
+                file.seek(start)
+                newline = file.read(whole - start).rfind(b"\n")
+                if newline >= 0:
+                    whole = start + newline + 1
+                    break
+                whole = start
+            if whole < end:
+                file.truncate(whole)
 
     def append_record(self, name: str, record: Record) -> None:
         self.append(name, to_json(record))
@@ -102,10 +155,13 @@ class RunDir:
         self.append("metrics.jsonl", json.dumps({"time": time.time(), **values}, separators=(",", ":")).encode())
 
     def close(self) -> None:
-        """Close what was appended to."""
+        """Close what was appended to, and give up the lock."""
         for file in self._appending.values():
             file.close()
         self._appending.clear()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
 
 def _storage_error(path: Path, error: OSError) -> StorageError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shoal.coordinator.run_record import RunRecord, number, read_run
+from shoal.coordinator.reporting.record import RunRecord, number, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,9 +21,9 @@ from typing import Any
 import msgspec
 
 from shoal import __version__
-from shoal.coordinator.markup import Markup, join, tag, text
-from shoal.coordinator.plots import draw_all
-from shoal.coordinator.run_record import Point, RunRecord, number, read_run
+from shoal.coordinator.reporting.markup import Markup, join, tag, text
+from shoal.coordinator.reporting.plots import draw_all
+from shoal.coordinator.reporting.record import Point, RunRecord, number, read_run
 from shoal.protocol.event import Event
 
 MAX_SAMPLES = 12
@@ -88,7 +88,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _html_head(name: str) -> Markup:
-    style = Markup(files("shoal.coordinator").joinpath("report.css").read_text(encoding="utf-8"))
+    style = Markup(files("shoal.coordinator.reporting").joinpath("page.css").read_text(encoding="utf-8"))
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return tag(
         "head",

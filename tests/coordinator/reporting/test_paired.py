@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.coordinator.paired import paired_interval
+from shoal.coordinator.reporting.paired import paired_interval
 
 
 @pytest.mark.parametrize(
