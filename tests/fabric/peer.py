@@ -34,6 +34,14 @@ async def no(request: Request) -> bytes:
     raise CapacityError("it does not fit.", "Bring less.")
 
 
+async def hog(fabric: Fabric) -> None:
+    while True:
+        try:
+            await fabric.request("size", b"%d" % 2**23, 60.0)
+        except ShoalError:
+            return
+
+
 async def main(command: str, *args: str) -> None:
     identity = Identity.generate()
     if command == "listen":
@@ -42,7 +50,10 @@ async def main(command: str, *args: str) -> None:
     else:
         fabric = await Fabric.connect(identity, Ticket.decode(args[0]))
         prefix, greeting = f"{identity.node_id}/", identity.node_id
-    if command in ("ask", "gone"):
+    if command == "hog":
+        print("hogging", flush=True)
+        await asyncio.gather(*(hog(fabric) for _ in range(80)))
+    elif command in ("ask", "gone"):
         try:
             answer = await fabric.request(args[1] if command == "ask" else "echo", b"from afar", 5.0)
             print("answer", answer.decode(), flush=True)

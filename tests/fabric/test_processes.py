@@ -20,6 +20,7 @@ from shoal.fabric.alive import AliveWatch, Change
 from shoal.fabric.errors import RemoteError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
+from shoal.fabric.service import Request
 from shoal.fabric.ticket import Ticket
 
 Process = subprocess.Popen[str]
@@ -68,6 +69,30 @@ async def test_stopped_listener_is_a_dead_address(remote: Remote) -> None:
     with pytest.raises(NetworkError):
         await Fabric.connect(Identity.generate(), ticket, 1.0)
     process.send_signal(signal.SIGCONT)
+
+
+async def test_node_that_takes_nothing_does_not_hold_up_the_others(spawn: Spawn, eventually: Eventually) -> None:
+    asked = 0
+
+    async def size(request: Request) -> bytes:
+        nonlocal asked
+        asked += 1
+        return bytes(int(request.body))
+
+    # With this lease nobody is given up during the test: only the room's own care keeps the others going.
+    async with await Fabric.listen(Identity.generate(), lease_s=60.0) as listener:
+        ticket = listener.ticket("a run", SECRET)
+        await listener.serve("size", size, concurrency=100)
+        hog = spawn("hog", ticket.encode())
+        other = spawn("connect", ticket.encode())
+        node_id = await asyncio.to_thread(line_of, other)
+        await eventually(lambda: asked > 10)
+        hog.send_signal(signal.SIGSTOP)
+        async with await Fabric.connect(Identity.generate(), ticket, lease_s=60.0) as third:
+            for _ in range(20):
+                assert await listener.request(f"{node_id}/echo", b"x", 20.0) == b"x"
+                assert await third.request("size", b"5", 20.0) == bytes(5)
+        hog.kill()
 
 
 async def test_close_does_not_wait_for_a_stopped_peer(remote: Remote) -> None:

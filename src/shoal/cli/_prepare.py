@@ -8,6 +8,9 @@ from shoal.errors import ShoalError
 
 def run(model: str, /) -> int:
     """Make a model ready for use. Started by `shoal train`; not for people."""
+    from shoal.coordinator.processes import die_with_parent
+
+    die_with_parent()
     from shoal.engine.source import resolve
     from shoal.rollout.host import model_cache
 

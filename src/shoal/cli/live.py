@@ -68,7 +68,7 @@ class LiveView:
                     f"wait {metrics.get('wait_s', 0):.1f} s  workers {len(coordinator.workers())}{self._eta(session)}"
                 )
             self._last_step = version
-        for evaluated, result in coordinator.control.results.items():
+        for evaluated, result in coordinator.control.evals.results.items():
             if evaluated not in self._told_evals and not self._quiet:
                 self._told_evals.add(evaluated)
                 note(
@@ -109,7 +109,7 @@ class LiveView:
         facts.add_row(
             f"step {control.version}/{steps}",
             f"reward {m.get('reward', 0):.3f}",
-            f"staleness {m.get('staleness_mean', 0):.1f} (most {control.max_staleness_seen}, "
+            f"staleness {m.get('staleness_mean', 0):.1f} (most {control.consumption.max_staleness}, "
             f"bound {session.config.learner.max_staleness})",
             f"{sum(n.tokens_per_s for n in workers):.0f} tokens/s sampled",
         )
@@ -122,13 +122,14 @@ class LiveView:
         table = Table(box=None, padding=(0, 2), header_style="dim")
         for column in ("worker", "policy", "tokens/s", "rollouts used"):
             table.add_column(column)
+        used_by = control.consumption.by_name
         for node in workers:
-            used = control.consumed_by.get(node.name, 0)
+            used = used_by.get(node.name, 0)
             table.add_row(node.name, str(node.version), f"{node.tokens_per_s:.0f}", str(used))
         if not workers:
             table.add_row("none yet", "", "", "")
-        evals = "   ".join(f"v{v}: {r['strict']:.1%}" for v, r in sorted(control.results.items()))
-        for round_ in control.rounds.values():
+        evals = "   ".join(f"v{v}: {r['strict']:.1%}" for v, r in sorted(control.evals.results.items()))
+        for round_ in control.evals.rounds.values():
             evals += f"   v{round_.version}: {len(round_.answers)}/{len(round_.tasks)} answered"
         body = Group(
             ProgressBar(total=steps, completed=control.version, width=60),

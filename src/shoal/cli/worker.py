@@ -12,6 +12,9 @@ from shoal.cli.output import note, print_json
 from shoal.cli.parameters import Json
 from shoal.errors import TicketError
 
+MAX_TICKET_BYTES = 2**16
+"""Read of a ticket file; a ticket is far shorter."""
+
 
 def run(
     ticket: str,
@@ -74,10 +77,16 @@ def run(
 def read_ticket(text: str) -> str:
     """The ticket itself, read from a file if `text` names one."""
     path = Path(text)
-    if len(text) < 1024 and not text.startswith("shoal") and path.is_file():
-        return path.read_text()
-    if len(text) < 1024 and "/" in text and not path.exists():
-        raise TicketError(f"there is no ticket file {text}.", "Give the ticket's line itself, or a file that holds it.")
+    try:
+        if path.is_file():
+            with path.open("rb") as file:
+                return file.read(MAX_TICKET_BYTES).decode(errors="replace")
+    except OSError:
+        pass  # too long for a file's name, as a mistyped ticket is; or a file that cannot be read, said below
+    if "/" in text and not text.startswith("shoal"):
+        raise TicketError(
+            f"there is no ticket file {text} that can be read.", "Give the ticket's line itself, or a file that holds it."
+        )
     return text
 
 

@@ -9,30 +9,33 @@
 One asyncio task at a time is inside (no awaits but for re-scoring); time is an argument. What a lease book, a queue
 and a staleness bound guarantee is stated and tested in `planning`; here is only how they meet.
 
-Invariants: nothing enters a batch that was not leased, verified and whole; the run ends when `steps` steps are done
-and every evaluation asked for has its result.
+Invariants: nothing enters a batch that was not leased, verified and whole; the run ends when `steps` steps are done,
+the model is saved and every evaluation asked for has its result; a worker whose leases bring nothing waits longer and
+longer for the next, so that one broken machine does not use up what the others would have done.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.broadcast.store import Store
 from shoal.config import Config
-from shoal.coordinator.evaluation import EvalRound
+from shoal.coordinator.consumption import Consumption
+from shoal.coordinator.evaluation import EvalRound, Evaluations
 from shoal.coordinator.journal import Journal
 from shoal.coordinator.rundir import RunDir
 from shoal.coordinator.tasks import TaskSource
-from shoal.coordinator.verification import mismatch, rescored
+from shoal.coordinator.verification import Limits, mismatch, rescored
 from shoal.envs.base import Environment
-from shoal.errors import RunError
+from shoal.errors import RunError, ShoalError
 from shoal.planning.leases import LeaseBook
 from shoal.planning.queue import GroupQueue
-from shoal.protocol.codec import builtins, to_json
+from shoal.protocol.codec import to_json
 from shoal.protocol.episode import Episode
 from shoal.protocol.sampling import SamplingParams
 from shoal.protocol.work import BatchReply, Lease, LeaseReply, StepReport, Submission
@@ -42,6 +45,9 @@ WAIT_S = 0.25
 
 MAX_VOID_ATTEMPTS = 8
 """A group whose rollouts were void this often shows a broken environment or worker image, not bad luck."""
+
+MAX_PAUSE_S = 15.0
+"""The longest that a worker waits whose leases bring nothing: 1, 2, 4 … seconds after the first, second, third."""
 
 EVAL_PROGRESS_FACTOR = 4
 """An evaluation's lease may be silent this many times longer: it is larger, and nothing waits but people."""
@@ -57,12 +63,19 @@ class _Leased:
 
 
 class Control:
-    """One run's state. `clock` values are seconds on one monotonic clock."""
+    """One run's state. `now` is always in seconds on one monotonic clock.
 
-    def __init__(self, config: Config, environments: Mapping[str, Environment], run: RunDir) -> None:
+    Args:
+        vocab_size: token ids of an episode are below this.
+    """
+
+    def __init__(
+        self, config: Config, environments: Mapping[str, Environment], run: RunDir, *, vocab_size: int = 2**31
+    ) -> None:
         self.config = config
         self._envs = environments
         self._run = run
+        self._limits = Limits(config.model.context_tokens, vocab_size)
         self._tasks = TaskSource(config, environments)
         self._journal = Journal(run)
         self.book = LeaseBook()
@@ -82,30 +95,17 @@ class Control:
             self.lost["interrupted"] += interrupted
         self._leased: dict[str, _Leased] = {}
         self._void_attempts = Counter[int]()
+        self._pauses: dict[str, tuple[int, float]] = {}
+        """Of nodes whose last leases brought nothing: how many in a row, and until when they wait."""
         self.name_of: Callable[[str], str] = str
         """What people call a node, by its id."""
+        self.consumption = Consumption(run)
         self._batch_facts: dict[str, int] = {}
-        self._consumed_by: Counter[str] = Counter(json.loads(self._load("workers.json", "{}")))
+        self._saved = False
+        self._checkpoints = deque[int](maxlen=config.learner.keep_checkpoints)
         self._logged_step = self._last_logged_step()
-        self.max_staleness_seen = 0
-        self.rounds: dict[int, EvalRound] = {}
-        self.results: dict[int, dict[str, float]] = self._load_results()
-        self._heldout = self._tasks.heldout() if self._wants_eval() else []
-        self.failure: RunError | None = None
-
-    # What the run still needs
-
-    def _wants_eval(self) -> bool:
-        section = self.config.eval
-        return section.before or section.after or section.every > 0
-
-    def _eval_due(self, version: int) -> bool:
-        section, last = self.config.eval, self.config.run.steps
-        if version == 0:
-            return section.before
-        if version == last:
-            return section.after
-        return section.every > 0 and version % section.every == 0
+        self.evals = Evaluations(config, run, self._tasks.heldout() if Evaluations.wanted(config) else [])
+        self.failure: ShoalError | None = None
 
     @property
     def steps_done(self) -> bool:
@@ -114,10 +114,7 @@ class Control:
     @property
     def ended(self) -> bool:
         """Nothing is left to do."""
-        waiting = any(v not in self.results for v in self.rounds)
-        last = self.config.run.steps
-        final_ready = not self._eval_due(last) or last in self.results
-        return self.failure is not None or (self.steps_done and not waiting and final_ready)
+        return self.failure is not None or (self.steps_done and self._saved and self.evals.complete)
 
     # Workers
 
@@ -127,12 +124,12 @@ class Control:
         if self.ended:
             return LeaseReply(ended=True, newest_version=newest)
         lease = None
-        if self.published >= 0:
+        if self.published >= 0 and now >= self._pauses.get(node_id, (0, now))[1]:
             lease = self._eval_lease(node_id, free_slots, now) or self._train_lease(node_id, free_slots, now)
         return LeaseReply(lease=lease, wait_s=WAIT_S, newest_version=newest)
 
     def _eval_lease(self, node_id: str, free_slots: int, now: float) -> Lease | None:
-        for round_ in self.rounds.values():
+        for round_ in self.evals.rounds.values():
             lease_id = f"e{round_.version}.{secrets.token_hex(4)}"
             indices = round_.lease(lease_id, free_slots)
             if not indices:
@@ -158,7 +155,7 @@ class Control:
     def _train_lease(self, node_id: str, free_slots: int, now: float) -> Lease | None:
         rollout, learner = self.config.rollout, self.config.learner
         size = rollout.group_size
-        if free_slots < size:
+        if free_slots < size or self.steps_done:
             return None
         number = self.queue.start(self.published, self.config.run.steps)
         if number is None:
@@ -171,9 +168,7 @@ class Control:
             group=f"g{number}",
             tasks=(self._tasks.group(number),) * size,
             seeds=self._tasks.seeds(number, size),
-            params=SamplingParams(
-                max_tokens=rollout.max_tokens, temperature=rollout.temperature, stop=rollout.stop
-            ),
+            params=SamplingParams(max_tokens=rollout.max_tokens, temperature=rollout.temperature, stop=rollout.stop),
             min_version=self.published,
             exact_version=learner.mode != "async",
             duration_s=rollout.lease_timeout_s,
@@ -186,51 +181,67 @@ class Control:
         """Note progress; gives the leases that the node no longer holds."""
         return tuple(i for i, tokens in leases.items() if not self.book.progress(i, node_id, tokens, now))
 
-    async def submit(self, submission: Submission, node_id: str) -> dict[str, str]:
+    async def submit(self, submission: Submission, node_id: str, now: float) -> dict[str, str]:
         """Verify a lease's episodes and close it; gives each episode's verdict."""
         held = self._leased.get(submission.lease)
         holding = self.book.running.get(submission.lease)
         if held is None or holding is None or holding.node_id != node_id:
-            how = self.book.ended.get(submission.lease, "unknown")
-            return {e.id: "duplicate" if how == "finished" else "late" for e in submission.episodes}
-        verdicts, problems = await self._verdicts(held.lease, submission.episodes)
+            return self._untimely(submission)
+        verdicts, problems = await self._verdicts(held.lease, submission.episodes, node_id)
         if self.book.running.get(submission.lease) is not holding:
-            return {e.id: "late" for e in submission.episodes}  # it expired while being checked
+            return self._untimely(submission)  # it ended while it was being checked
         del self._leased[submission.lease]
-        whole = all(v == "accepted" for v in verdicts) and len(submission.episodes) == len(held.lease.tasks)
-        if held.round is not None:
-            answers = [e if v == "accepted" else None for e, v in zip(submission.episodes, verdicts, strict=False)]
-            answers += [None] * (len(held.lease.tasks) - len(answers))
-            held.round.answered(submission.lease, answers)
-            self._close(submission.lease, node_id, verdicts, len(held.lease.tasks))
-            self._note_problems(node_id, problems)
-            self._finish_round(held.round)
-        elif held.number is not None and whole:
-            self._close(submission.lease, node_id, verdicts, len(held.lease.tasks))
-            self._journal.accept(held.number, min(e.version for e in submission.episodes), submission.episodes)
-            self.queue.finish(held.number, min(e.version for e in submission.episodes))
-        elif held.number is not None:
+        size = len(held.lease.tasks)
+        whole = len(verdicts) == size and all(v == "accepted" for v in verdicts)
+        if held.number is not None and not whole:
             # Groups stay whole: what was fine in an incomplete group is void with it, and the group is leased again.
             verdicts = ["void" if v == "accepted" else v for v in verdicts]
-            self._close(submission.lease, node_id, verdicts, len(held.lease.tasks))
-            self._note_problems(node_id, problems)
+        self._close(submission.lease, node_id, verdicts, size)
+        self._note_problems(node_id, problems)
+        self._pause(node_id, fruitful="accepted" in verdicts, now=now)
+        if held.round is not None:
+            answers = [e if v == "accepted" else None for e, v in zip(submission.episodes, verdicts, strict=False)]
+            answers += [None] * (size - len(answers))
+            self._answered(held.round, submission.lease, answers, _first(problems))
+        elif held.number is not None and whole:
+            oldest = min(e.version for e in submission.episodes)
+            self._journal.accept(held.number, oldest, submission.episodes)
+            self.queue.finish(held.number, oldest)
+        elif held.number is not None:
             self._lose(held.number, "rejected" if "rejected" in verdicts else "void")
             self._count_void(held.number, problems)
         return dict(zip((e.id for e in submission.episodes), verdicts, strict=False))
 
-    async def _verdicts(self, lease: Lease, episodes: tuple[Episode, ...]) -> tuple[list[str], list[str]]:
+    def _untimely(self, submission: Submission) -> dict[str, str]:
+        how = self.book.ended.get(submission.lease, "unknown")
+        return {e.id: "duplicate" if how == "finished" else "late" for e in submission.episodes}
+
+    async def _verdicts(self, lease: Lease, episodes: tuple[Episode, ...], node_id: str) -> tuple[list[str], list[str]]:
         verdicts, problems = [], []
         for index, episode in enumerate(episodes[: len(lease.tasks)]):
             if episode.outcome == "void":
                 verdicts.append("void")
                 problems.append(episode.void_reason)
                 continue
-            problem = mismatch(episode, lease, index, self.published)
+            problem = mismatch(episode, lease, index, node_id, self.published, self._limits)
             problem = problem or await rescored(episode, self._envs[episode.task.env])
             verdicts.append("rejected" if problem else "accepted")
             if problem:
                 problems.append(problem)
         return verdicts, problems
+
+    def _pause(self, node_id: str, *, fruitful: bool, now: float) -> None:
+        if fruitful:
+            self._pauses.pop(node_id, None)
+            return
+        attempts = self._pauses.get(node_id, (0, now))[0] + 1
+        self._pauses[node_id] = (attempts, now + min(2.0 ** (attempts - 1), MAX_PAUSE_S))
+
+    def _answered(self, round_: EvalRound, lease_id: str, answers: list[Episode | None], why: str) -> None:
+        try:
+            self.evals.answered(round_, lease_id, answers, why)
+        except RunError as error:
+            self.failure = error
 
     def _close(self, lease_id: str, node_id: str, verdicts: list[str], rollouts: int) -> None:
         counts = Counter(verdicts)
@@ -247,9 +258,8 @@ class Control:
     def _count_void(self, number: int, problems: list[str]) -> None:
         self._void_attempts[number] += 1
         if self._void_attempts[number] >= MAX_VOID_ATTEMPTS:
-            reason = problems[0] if problems else "episodes were missing"
             self.failure = RunError(
-                f"group {number} failed {MAX_VOID_ATTEMPTS} times, last because {reason}",
+                f"group {number} failed {MAX_VOID_ATTEMPTS} times, last because {_first(problems)}",
                 "Mend the environment or the workers; then continue with --resume.",
             )
 
@@ -281,98 +291,68 @@ class Control:
 
     def batch(self, version: int) -> BatchReply:
         """The batch that makes `version` + 1, if it can be had now."""
+        self.version = max(self.version, version)
         if self.ended:
             return BatchReply(version=version, ended=True)
-        self.version = max(self.version, version)
         if version >= self.config.run.steps:
             return BatchReply(version=version)
-        kept = self._journal.batch(version)
-        if kept is not None:
-            return BatchReply(version=version, episodes=kept)
+        episodes = self._journal.batch(version)
+        if episodes is None and version < self._journal.num_batches:
+            self.failure = RunError(
+                f"the learner asks for the batch of step {version + 1} again, which is no longer kept.",
+                "Its newer checkpoints are gone or damaged; start a new run from the model you have.",
+            )
+            return BatchReply(version=version, ended=True)
+        if episodes is None:
+            episodes = self._form_batch(version)
+        if episodes is not None:
+            self._batch_facts = self.consumption.count(version, episodes, self.name_of)
+            if self.config.output.keep_episodes:
+                lines = b"".join(to_json(e) + b"\n" for e in episodes)
+                self._run.write_atomic(f"episodes/{version:06d}.jsonl", lines)
+        return BatchReply(version=version, episodes=episodes)
+
+    def _form_batch(self, version: int) -> tuple[Episode, ...] | None:
         numbers, swept = self.queue.take(version)
         self._journal.sweep(swept)
         if swept:
             self._run.event("rollout.swept", groups=len(swept), step=version)
         if numbers is None:
-            return BatchReply(version=version)
+            return None
         control = self.config.run.seed if self.config.rollout.shuffle_rewards else None
-        episodes = self._journal.form_batch(version, numbers, shuffle_seed=control)
-        by_worker = Counter(self.name_of(e.worker) for e in episodes)
-        self._consumed_by.update(by_worker)
-        staleness = Counter(version - e.version for e in episodes)
-        self._batch_facts = {f"staleness/{k}": n for k, n in sorted(staleness.items())}
-        self._batch_facts |= {f"rollouts/{name}": n for name, n in sorted(by_worker.items())}
-        self._run.write_atomic("workers.json", json.dumps(self._consumed_by).encode())
-        self.max_staleness_seen = max(self.max_staleness_seen, *(version - e.version for e in episodes))
-        if self.config.output.keep_episodes:
-            lines = b"".join(to_json(e) + b"\n" for e in episodes)
-            self._run.write_atomic(f"episodes/{version:06d}.jsonl", lines)
-        return BatchReply(version=version, episodes=episodes)
+        return self._journal.form_batch(version, numbers, shuffle_seed=control)
 
     def stepped(self, report: StepReport, extra: Mapping[str, Any]) -> None:
-        """The learner finished a step (or, with version 0, published the untouched model)."""
-        self.version = max(self.version, report.version)
-        if report.version > self._logged_step and report.metrics:
-            self._logged_step = report.version
-            self._run.metric(kind="step", step=report.version, **report.metrics, **extra, **self._batch_facts)
+        """The learner finished a step; or, without metrics, says at its start which version can be had."""
+        if report.metrics:
+            self.version = max(self.version, report.version)
+            if report.version > self._logged_step:
+                self._logged_step = report.version
+                self._run.metric(kind="step", step=report.version, **report.metrics, **extra, **self._batch_facts)
         if report.manifest is not None:
-            self._publish(report.version)
+            self.published = max(self.published, report.version)
+            self.evals.published(self.published, self._kept_versions())
         if report.checkpointed:
-            self._journal.forget_batches(report.version)
+            self._saved = self._saved or report.version >= self.config.run.steps
+            self._checkpoints.append(report.version)
+            if len(self._checkpoints) == self._checkpoints.maxlen:
+                # Should the newest checkpoint turn out damaged, the learner goes back to the oldest that is kept.
+                self._journal.forget_batches(self._checkpoints[0])
 
-    def _publish(self, version: int) -> None:
-        self.published = max(self.published, version)
-        if self._eval_due(version) and version not in self.rounds and version not in self.results:
-            self.rounds[version] = EvalRound(version, self._heldout)
-
-    def _finish_round(self, round_: EvalRound) -> None:
-        if not round_.done:
-            return
-        self.results[round_.version] = result = round_.result()
-        self._run.metric(kind="eval", version=round_.version, **result)
-        del self.rounds[round_.version]
-        answers = [
-            {
-                "question": e.turns[0].observation if e.turns else "",
-                "answer": e.turns[-1].completion.text if e.turns else "",
-                "strict": strict,
-                "lenient": lenient,
-                "task": builtins(e.task),
-            }
-            for e, (strict, lenient) in zip(
-                (round_.answers[i] for i in range(len(round_.tasks))), round_.marks(), strict=True
-            )
-        ]
-        text = json.dumps({"version": round_.version, "result": result, "answers": answers}, ensure_ascii=False)
-        self._run.write_atomic(f"evals/{round_.version:06d}.json", text.encode())
-
-    # Views and restoring
-
-    def answers(self, version: int) -> list[dict[str, Any]]:
-        """What was answered in the evaluation of `version`, question by question."""
-        text = self._load(f"evals/{version:06d}.json", '{"answers": []}')
-        return list(json.loads(text)["answers"])
-
-    @property
-    def consumed_by(self) -> Counter[str]:
-        """Rollouts that trained the policy, by worker."""
-        return self._consumed_by
-
-    def _load(self, name: str, default: str) -> str:
-        path = self._run.path / name
-        return path.read_text() if path.exists() else default
-
-    def _load_results(self) -> dict[int, dict[str, float]]:
-        (self._run.path / "evals").mkdir(exist_ok=True)
-        found = (json.loads(p.read_text()) for p in sorted((self._run.path / "evals").glob("*.json")))
-        return {int(one["version"]): one["result"] for one in found}
+    def _kept_versions(self) -> list[int]:
+        snapshots = Store(self._run.path / "snapshots", run=self._run.name, trusted_key=b"", read_only=True)
+        return snapshots.versions("policy")
 
     def _last_logged_step(self) -> int:
+        path = self._run.path / "metrics.jsonl"
         last = 0
-        for line in self._load("metrics.jsonl", "").splitlines():
+        for line in path.read_text().splitlines() if path.exists() else ():
             try:
                 last = max(last, int(json.loads(line).get("step", 0)))
             except ValueError:
                 continue  # the half line of a killed writer
         return last
 
+
+def _first(problems: list[str]) -> str:
+    return problems[0] if problems else "episodes were missing"

@@ -8,6 +8,7 @@ An evaluation that was under way when the run was killed starts again with it. O
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -116,9 +117,9 @@ class Evaluations:
         every, published_every = section.every, self._config.learner.publish_every
         return every > 0 and version % every == 0 and version % published_every == 0
 
-    def published(self, version: int) -> None:
-        """Open what is due up to this version: after a resume, earlier ones that were not finished as well."""
-        for due in range(version + 1):
+    def published(self, version: int, kept: Iterable[int] = ()) -> None:
+        """Open what is due of this version; and of earlier ones that can still be had, which a kill interrupted."""
+        for due in sorted({version, *(v for v in kept if v < version)}):
             if self.is_due(due) and not (due in self.rounds or due in self.results or due in self._given_up):
                 self.rounds[due] = EvalRound(due, self._tasks)
 

@@ -27,16 +27,24 @@ TERM_GRACE_S = 20.0
 
 LOG_TAIL_BYTES = 2000
 
+MAX_LOG_BYTES = 16 * 2**20
+"""A log that is longer when its process is started again is put aside as `NAME.log.1`, in place of an older one."""
+
 
 def die_with_parent() -> None:
     """To be called first thing in a child: when the parent ends, however, this process is killed."""
-    parent = os.environ.get(PARENT_VARIABLE)
+    parent = os.environ.pop(PARENT_VARIABLE, None)  # for this process alone, not for those it starts
     if parent is None:
         return
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(parent):
         os._exit(1)  # the parent died before the line above took effect
+
+
+def child_of_this() -> dict[str, str]:
+    """What a child's environment needs for `die_with_parent`."""
+    return {PARENT_VARIABLE: str(os.getpid())}
 
 
 @dataclass
@@ -50,9 +58,9 @@ class Child:
     @property
     def tail(self) -> str:
         """The end of what it printed."""
-        with contextlib.suppress(OSError):
-            data = self.log.read_bytes()[-LOG_TAIL_BYTES:]
-            return data.decode(errors="replace").strip()
+        with contextlib.suppress(OSError), self.log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+            return file.read().decode(errors="replace").strip()
         return ""
 
 
@@ -66,6 +74,8 @@ class Children:
     async def start(self, name: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Child:
         """Run `python -m shoal ARGUMENTS`, its output appended to `NAME.log`."""
         path = self._logs / f"{name}.log"
+        if path.exists() and path.stat().st_size > MAX_LOG_BYTES:
+            path.replace(path.with_suffix(".log.1"))
         with path.open("ab") as log:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -75,7 +85,7 @@ class Children:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **(environment or {}), PARENT_VARIABLE: str(os.getpid())},
+                env={**os.environ, **(environment or {}), **child_of_this()},
                 start_new_session=True,
             )
         child = Child(name, process, path)

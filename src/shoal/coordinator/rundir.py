@@ -28,7 +28,6 @@ from shoal.errors import RunError, StorageError
 from shoal.protocol.codec import Record, to_json
 from shoal.protocol.event import Event
 
-
 FOLDERS = ("batches", "buffer", "episodes", "evals", "logs", "identity", "snapshots", "checkpoints")
 
 SCAN_BYTES = 1 << 16

@@ -5,7 +5,8 @@
 
 The learner is the node whose key the coordinator itself made; no ticket makes another. Invariants: a request of a node
 that has not joined is refused before it is read; a node that dies (liveliness) or says goodbye loses its leases at
-once; every long poll ends within `POLL_S`.
+once; every long poll ends within `POLL_S`; what cannot be written to the run's folder ends the run, because memory and
+disk would no longer agree.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from shoal.broadcast.chain import open_manifest
 from shoal.config import Config
 from shoal.coordinator.control import Control
 from shoal.coordinator.rundir import RunDir
-from shoal.errors import RecordError, RunError
+from shoal.errors import RecordError, ShoalError, StorageError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.join import REASONS, check_join_request, read_join_request
-from shoal.fabric.service import Request
+from shoal.fabric.service import Handler, Request
 from shoal.protocol.codec import Record, decode, encode
 from shoal.protocol.node import JoinReply, RefusalCode
 from shoal.protocol.snapshot import SignedManifest
@@ -34,7 +35,6 @@ from shoal.protocol.work import (
     Heartbeat,
     HeartbeatReply,
     LeaseRequest,
-    Leaving,
     StepReply,
     StepReport,
     Submission,
@@ -52,6 +52,9 @@ MAX_NODES = 1024
 MAX_SUBMISSION_BYTES = 64 * 2**20
 MAX_MANIFEST_BYTES = 64 * 2**20
 KEPT_NONCES = 4096
+
+MAX_SLOTS = 2**16
+"""More than any machine samples at once."""
 
 M = TypeVar("M", bound=Record)
 
@@ -102,21 +105,25 @@ class Coordinator:
     async def start(self) -> None:
         """Begin to answer."""
         joined, learner = self._is_joined, self._is_learner
-        serve = self._fabric.serve
-        await serve("run/join", self._join, max_bytes=64 * 2**10)
-        await serve("run/lease", self._lease, max_bytes=64 * 2**10, backlog=MAX_NODES, allow=joined)
-        await serve("run/heartbeat", self._heartbeat, max_bytes=2**20, backlog=MAX_NODES, allow=joined)
-        await serve("run/submit", self._submit, max_bytes=MAX_SUBMISSION_BYTES, concurrency=4, allow=joined)
-        await serve("run/leave", self._leave, max_bytes=64 * 2**10, allow=joined)
-        await serve("run/batch", self._batch, max_bytes=64 * 2**10, allow=learner)
-        await serve("run/step", self._step, max_bytes=MAX_MANIFEST_BYTES, allow=learner)
+        small, large = 64 * 2**10, MAX_SUBMISSION_BYTES
+
+        async def serve(key: str, handler: Handler, max_bytes: int = small, **limits: Any) -> None:
+            await self._fabric.serve(f"run/{key}", self._careful(handler), max_bytes=max_bytes, **limits)
+
+        await serve("join", self._join)
+        await serve("lease", self._lease, backlog=MAX_NODES, allow=joined)
+        await serve("heartbeat", self._heartbeat, 2**20, backlog=MAX_NODES, allow=joined)
+        await serve("submit", self._submit, large, concurrency=4, backlog=MAX_NODES, allow=joined)
+        await serve("leave", self._leave, backlog=MAX_NODES, allow=joined)
+        await serve("batch", self._batch, allow=learner)
+        await serve("step", self._step, MAX_MANIFEST_BYTES, allow=learner)
         self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._watch())]
 
     async def finished(self) -> None:
         """Wait for the run's end.
 
         Raises:
-            RunError: the run cannot go on.
+            ShoalError: the run cannot go on.
         """
         over = asyncio.create_task(self._over.wait())
         try:
@@ -135,10 +142,28 @@ class Coordinator:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def fail(self, error: RunError) -> None:
-        """End the run with an error."""
-        self.control.failure = error
+    async def dismissed(self, deadline_s: float) -> None:
+        """Wait until every worker has heard that the run is over and has left, or the deadline."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while self.workers():
+                    async with self._changed:
+                        await self._changed.wait()
+
+    def fail(self, error: ShoalError) -> None:
+        """End the run with an error; the first one is the one to tell."""
+        self.control.failure = self.control.failure or error
         self._over.set()
+
+    def _careful(self, handler: Handler) -> Handler:
+        async def handle(request: Request) -> bytes:
+            try:
+                return await handler(request)
+            except StorageError as error:
+                self.fail(error)
+                raise
+
+        return handle
 
     # Who may speak
 
@@ -164,7 +189,7 @@ class Coordinator:
             code = "role"
         if code is None and self.control.ended:
             code = "ended"
-        if code is None and len(self.nodes) >= MAX_NODES:
+        if code is None and sum(node.alive for node in self.nodes.values()) >= MAX_NODES:
             code = "full"
         if code is not None:
             self.run.event("node.refused", request.sender, name=asked.name, code=code)
@@ -178,6 +203,7 @@ class Coordinator:
             # The same key again is the same node, restarted: what its former life held is lost.
             self.control.node_left(node.node_id, "restarted")
         self.nodes[node.node_id] = node
+        self._forget_nodes()
         self.run.event("node.joined", node.node_id, name=node.name, role=node.role)
         spec = WorkSpec(
             model=self.config.model.name,
@@ -189,13 +215,20 @@ class Coordinator:
         reply = JoinReply(accepted=True, node_id=node.node_id, learner_key=self._learner_key, spec=encode(spec))
         return encode(reply)
 
+    def _forget_nodes(self) -> None:
+        """Drop those that left longest ago; one that comes back introduces itself again."""
+        gone = [node_id for node_id, node in self.nodes.items() if not node.alive]
+        for node_id in gone[: max(0, len(self.nodes) - 2 * MAX_NODES)]:
+            del self.nodes[node_id]
+
     # Workers
 
     async def _lease(self, request: Request) -> bytes:
         asked = _read(request, LeaseRequest)
         node = self._seen(request.sender)
         node.version = asked.version
-        return encode(self.control.lease(request.sender, min(asked.free_slots, 2**16), time.monotonic()))
+        free_slots = max(0, min(asked.free_slots, MAX_SLOTS))
+        return encode(self.control.lease(request.sender, free_slots, time.monotonic()))
 
     async def _heartbeat(self, request: Request) -> bytes:
         beat = _read(request, Heartbeat)
@@ -208,7 +241,7 @@ class Coordinator:
     async def _submit(self, request: Request) -> bytes:
         submission = decode(request.body, Submission, max_bytes=MAX_SUBMISSION_BYTES)
         self._seen(request.sender)
-        verdicts = await self.control.submit(submission, request.sender)
+        verdicts = await self.control.submit(submission, request.sender, time.monotonic())
         await self._notify()
         return encode(SubmissionReply(verdicts=verdicts))
 
@@ -269,7 +302,7 @@ class Coordinator:
         if report.manifest is not None:
             self.run.event("snapshot.published", request.sender, version=report.version)
         await self._notify()
-        return encode(StepReply(ended=self.control.ended))
+        return encode(StepReply(ended=self.control.ended, oldest_version=self.control.evals.oldest_version))
 
     # Clockwork
 

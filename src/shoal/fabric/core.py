@@ -38,7 +38,7 @@ HASH_OFF_LOOP_BYTES = 256 * 1024
 SEND_THREADS = 64
 """Each waits on one slow link at a time; they cost nothing while they wait."""
 
-LANE_WIDTH = 8
+LANE_WIDTH = 80
 """Threads that one destination may hold, so that a peer which takes nothing cannot hold up what others are sent."""
 
 

@@ -1,22 +1,21 @@
 """The learner's process: ask for a step's batch, train on it, publish, report; again until the run is over.
 
-    run/batch(version) ──▶ Trainer.step ──▶ every κ versions: chunks, manifest, signature ──▶ run/step
-                                            every n versions: checkpoint
+    run/batch(version) ──▶ Trainer.step ──▶ every κ versions: chunks, manifest, signature ──▶ run/step ──▶ announce
+                                            every n versions: checkpoint ──▶ run/step
 
 The learner is a deterministic consumer of a log of batches: killed at any moment it restarts from its newest
 checkpoint at version c, asks for batch c again, and is given what it was given before. Versions it had published
 before the kill are not published again.
 
 Invariants: the weights that are published as version v are those after v steps; a report is sent after what it reports
-is on disk; torch works in one thread beside the loop, so chunks are served and questions answered while it trains.
+is on disk; nobody hears of a version before the coordinator does, which would refuse its tokens; torch works in one
+thread beside the loop, so chunks are served and questions answered while it trains.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import torch
@@ -27,7 +26,8 @@ from shoal.config import Config
 from shoal.engine.source import resolve
 from shoal.engine.tokenizer import Tokenizer
 from shoal.engine.weights import to_views
-from shoal.errors import NetworkError
+from shoal.errors import NetworkError, RunError
+from shoal.fabric.errors import RemoteError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
 from shoal.fabric.ticket import Ticket
@@ -69,6 +69,9 @@ class LearnerProcess:
             durable=False,  # a snapshot can be made again from the checkpoint
         )
         self._publisher = Publisher(fabric, self._store)
+        self._oldest_needed: int | None = None
+        self._checkpoint_s = 0.0
+        """What the checkpoint of the step before took, if there was one."""
         self._trainer: Trainer | None = None
         self._tokenizer: Tokenizer | None = None
 
@@ -78,11 +81,9 @@ class LearnerProcess:
         await self._publisher.start()
         await self._fabric.declare_alive()
         await self._announce_start()
-        saved = False
+        if trainer.version >= self._config.run.steps:
+            await self._save()
         while True:
-            if trainer.version >= self._config.run.steps and not saved:
-                await asyncio.to_thread(self._save_model)
-                saved = True
             waited_from = asyncio.get_running_loop().time()
             reply = await self._batch(trainer.version)
             if reply is None:
@@ -98,6 +99,7 @@ class LearnerProcess:
             try:
                 reply = await self._link.call("batch", BatchRequest(version=version), BatchReply, BATCH_DEADLINE_S)
             except NetworkError as error:
+                _raise_if_refused(error)
                 log.warning("no batch yet: %s", error)
                 await asyncio.sleep(1.0)
                 continue
@@ -109,32 +111,41 @@ class LearnerProcess:
     async def _finish_step(self, metrics: StepMetrics, wait_s: float) -> None:
         trainer, settings, loop = self._trainer, self._config.learner, asyncio.get_running_loop()
         assert trainer is not None
-        last = trainer.version >= self._config.run.steps
+        version = trainer.version
+        last = version >= self._config.run.steps
         started = loop.time()
-        published = None
-        if last or trainer.version % settings.publish_every == 0:
-            published = await self._publish()
+        published = await self._publish() if last or version % settings.publish_every == 0 else None
         publish_s = loop.time() - started
-        due = settings.checkpoint_every and trainer.version % settings.checkpoint_every == 0
-        if due or last:
-            await asyncio.to_thread(
-                checkpoint.save, self._directory / "checkpoints", trainer.checkpoint(), keep=settings.keep_checkpoints
-            )
         busy_s = metrics["train_s"] + publish_s
         timing = {
             "wait_s": wait_s,
             "publish_s": publish_s,
-            "checkpoint_s": loop.time() - started - publish_s,
+            "checkpoint_s": self._checkpoint_s,
             "utilisation": metrics["train_s"] / max(wait_s + busy_s, 1e-9),
             "tokens_per_s": metrics["tokens"] / max(wait_s + busy_s, 1e-9),
         }
-        await self._report(trainer.version, {**metrics, **timing}, published=published, checkpointed=bool(due or last))
+        await self._report(version, {**metrics, **timing}, published=published)
+        started = loop.time()
+        if last or (settings.checkpoint_every and version % settings.checkpoint_every == 0):
+            await self._save()
+        self._checkpoint_s = loop.time() - started
+
+    async def _save(self) -> None:
+        """Keep the present version; at the end the model, too."""
+        trainer = self._trainer
+        assert trainer is not None
+        checkpoints, keep = self._directory / "checkpoints", self._config.learner.keep_checkpoints
+        await asyncio.to_thread(lambda: checkpoint.save(checkpoints, trainer.checkpoint(), keep=keep))
+        if trainer.version >= self._config.run.steps:
+            await asyncio.to_thread(self._save_model)
+        await self._report(trainer.version, {}, checkpointed=True)
 
     async def _announce_start(self) -> None:
         """Tell the coordinator the newest version that workers can have: an earlier life's, or the present one."""
+        assert self._trainer is not None
         newest = await asyncio.to_thread(self._store.latest, POLICY)
         if newest is None:
-            await self._report(0, {}, published=await self._publish())
+            await self._report(self._trainer.version, {}, published=await self._publish())
         else:
             await self._report(newest.manifest.version, {}, published=encode(newest.signed))
 
@@ -150,21 +161,28 @@ class LearnerProcess:
             lambda: write_snapshot(self._store, self._fabric.identity, POLICY, version, to_views(trainer.tensors()))
         )
         keep = self._config.learner.max_staleness + 1 + EXTRA_VERSIONS
+        if self._oldest_needed is not None:
+            versions = await asyncio.to_thread(self._store.versions, POLICY)
+            keep = max(keep, sum(v >= self._oldest_needed for v in versions))
         await asyncio.to_thread(self._store.prune, POLICY, keep)
-        await self._publisher.announce(POLICY, version)
         return encode(published.signed)
 
     async def _report(
-        self, version: int, metrics: StepMetrics, *, published: bytes | None, checkpointed: bool = False
+        self, version: int, metrics: StepMetrics, *, published: bytes | None = None, checkpointed: bool = False
     ) -> None:
+        """Tell the coordinator, however long it takes; then everyone else of what was published."""
         report = StepReport(version=version, metrics=metrics, manifest=published, checkpointed=checkpointed)
         while True:
             try:
-                await self._link.call("step", report, StepReply, BATCH_DEADLINE_S)
-                return
+                reply = await self._link.call("step", report, StepReply, BATCH_DEADLINE_S)
+                break
             except NetworkError as error:
+                _raise_if_refused(error)
                 log.warning("step %d is not reported yet: %s", version, error)
                 await asyncio.sleep(1.0)
+        self._oldest_needed = reply.oldest_version
+        if published is not None:
+            await self._publisher.announce(POLICY, version)
 
     def _load(self) -> Trainer:
         """The model, continued from the newest checkpoint if there is one."""
@@ -186,22 +204,29 @@ class LearnerProcess:
         self._trainer.save_pretrained(self._directory / "model", self._tokenizer.hf)
 
 
+def _raise_if_refused(error: NetworkError) -> None:
+    """End the process where the coordinator said no: asking again would not change its mind."""
+    if isinstance(error, RemoteError) and error.kind == "refused":
+        raise RunError(f"the coordinator refused what the learner said: {error.problem}", error.remedy) from error
+
+
 async def run_learner(config: Config, directory: Path, ticket: Ticket) -> None:
     """Be the learner of the run in `directory` until it is over."""
     identity = Identity.load_or_create(directory / "identity" / "learner")
     async with await Fabric.connect(identity, ticket, config.network.join_timeout_s) as fabric:
         learner = config.learner
         await join(fabric, ticket, "learner", "learner", device=learner.device, threads=learner.threads)
-        async with _colocated_worker(config, directory, fabric, ticket):
-            await LearnerProcess(config, directory, fabric, ticket).run()
+        process = LearnerProcess(config, directory, fabric, ticket)
+        if learner.mode == "colocated":
+            await _run_colocated(process, config, directory, fabric, ticket)
+        else:
+            await process.run()
 
 
-@asynccontextmanager
-async def _colocated_worker(config: Config, directory: Path, fabric: Fabric, ticket: Ticket) -> AsyncIterator[None]:
-    """In colocated mode the learner's own process acts, too; S = 0 makes sampling and training take turns."""
-    if config.learner.mode != "colocated":
-        yield
-        return
+async def _run_colocated(
+    process: LearnerProcess, config: Config, directory: Path, fabric: Fabric, ticket: Ticket
+) -> None:
+    """The learner's own process acts, too; S = 0 makes sampling and training take turns."""
     workers = config.workers
     options = WorkerOptions(
         name="learner",
@@ -212,9 +237,13 @@ async def _colocated_worker(config: Config, directory: Path, fabric: Fabric, tic
         local_store=directory / "snapshots",
     )
     async with working(fabric, ticket, options, role="learner") as worker:
-        acting = asyncio.create_task(worker.run())
+        acting, learning = asyncio.create_task(worker.run()), asyncio.create_task(process.run())
         try:
-            yield
+            await asyncio.wait([acting, learning], return_when=asyncio.FIRST_COMPLETED)
+            if acting.done():
+                await acting  # raises if that is why it ended; otherwise it was told first that the run is over
+            await learning
         finally:
             worker.stop()
-            await asyncio.gather(acting, return_exceptions=True)
+            learning.cancel()
+            await asyncio.gather(acting, learning, return_exceptions=True)

@@ -136,12 +136,15 @@ class StepReport(Record, frozen=True):
     manifest: bytes | None = None
     """Bytes of a `SignedManifest`."""
     checkpointed: bool = False
+    """This version can be restored; at the last step, the model is saved as well."""
 
 
 class StepReply(Record, frozen=True):
     """Whether to go on."""
 
     ended: bool = False
+    oldest_version: int | None = None
+    """An older version than the newest ones that is still needed, by an evaluation: it may not be dropped."""
 
 
 class Leaving(Record, frozen=True):
