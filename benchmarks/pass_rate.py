@@ -10,8 +10,6 @@ import asyncio
 import sys
 from typing import Any
 
-from _common import benchmark, emit
-
 from shoal.config import load_config
 from shoal.coordinator.tasks import TaskSource, make_environments
 from shoal.engine.local import LocalEngine
@@ -19,6 +17,8 @@ from shoal.engine.source import resolve
 from shoal.protocol.sampling import SamplingParams
 from shoal.rollout.episode import EpisodeSpec, run_episode
 from shoal.rollout.host import model_cache
+
+from _common import benchmark, emit
 
 TEMPERATURES = (1.0, 0.7, 0.5)
 GROUPS = 48

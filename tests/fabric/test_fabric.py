@@ -12,6 +12,7 @@ import pytest
 import zenoh
 
 from shoal.errors import CapacityError, NetworkError
+from shoal.fabric import service as service_module
 from shoal.fabric.endpoint import Endpoint
 from shoal.fabric.envelope import seal
 from shoal.fabric.errors import RemoteError
@@ -124,6 +125,7 @@ async def test_deadline(listener: Fabric, node: Fabric) -> None:
         await node.request("never", b"", 0.3)
     async with asyncio.timeout(5):
         await cancelled.wait()  # The handler does not outlive the patience of whoever asked.
+    assert listener.counters == {"deadline_passed": 1}
 
 
 async def test_full_queue_says_busy_and_recovers(listener: Fabric, node: Fabric) -> None:
@@ -148,6 +150,24 @@ async def test_full_queue_says_busy_and_recovers(listener: Fabric, node: Fabric)
     answers = await asyncio.gather(*questions, return_exceptions=True)
     assert answers.count(b"x") == 3
     assert await node.request("busy", b"again", 5.0) == b"again"
+
+
+async def test_large_bodies_fill_the_queue_too(listener: Fabric, node: Fabric, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "MAX_QUEUED_BYTES", 250)
+    gate = asyncio.Event()
+
+    async def wait(request: Request) -> bytes:
+        await gate.wait()
+        return request.body
+
+    await listener.serve("busy", wait)
+    questions = [asyncio.create_task(node.request("busy", bytes(100), 20.0)) for _ in range(3)]
+    (refused,), _ = await asyncio.wait(questions, timeout=10, return_when=asyncio.FIRST_EXCEPTION)
+    assert isinstance(error := refused.exception(), RemoteError) and error.kind == "busy"
+    gate.set()
+    answers = await asyncio.gather(*questions, return_exceptions=True)
+    assert answers.count(bytes(100)) == 2
+    assert await node.request("busy", bytes(250), 5.0) == bytes(250)
 
 
 async def test_closed_service_answers_no_more(listener: Fabric, node: Fabric) -> None:

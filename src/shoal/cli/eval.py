@@ -57,7 +57,14 @@ def run(
 
 
 async def _evaluate(
-    name: str, config_name: str, questions: int, max_tokens: int, temperature: float, seed: int, threads: int, device: str
+    name: str,
+    config_name: str,
+    questions: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    threads: int,
+    device: str,
 ) -> dict[str, Any]:
     from shoal.config import load_config
     from shoal.coordinator.reporting.paired import interval

@@ -111,9 +111,9 @@ class _Question:
             finished = True
             return None
         finally:
-            if not finished and not self._core.closed:
+            if not finished:
                 # Not awaited: cancelling waits for callbacks, and the answer is already here (or the asker gone).
-                self._core.pool.submit(token.cancel)
+                self._core.detach(token.cancel)
 
     def _on_reply(self, reply: zenoh.Reply) -> None:
         self._num_answers += 1

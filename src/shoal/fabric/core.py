@@ -7,6 +7,7 @@ more than count and `post` to the loop. Calls into Zenoh that can wait for a slo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import time
@@ -38,7 +39,7 @@ HASH_OFF_LOOP_BYTES = 256 * 1024
 SEND_THREADS = 64
 """Each waits on one slow link at a time; they cost nothing while they wait."""
 
-LANE_WIDTH = 80
+LANE_WIDTH = 8
 """Threads that one destination may hold, so that a peer which takes nothing cannot hold up what others are sent."""
 
 
@@ -82,6 +83,11 @@ class Core:
             lane.num_users -= 1
             if lane.num_users == 0:
                 del self.lanes[destination]
+
+    def detach(self, call: Callable[..., object], *args: Any) -> None:
+        """Run a call that may block in the pool and forget about it; after `close` there is nothing left to call."""
+        with contextlib.suppress(RuntimeError):
+            self.pool.submit(call, *args)
 
     def post(self, call: Callable[..., object], *args: Any) -> bool:
         """From any thread: run `call` on the loop soon; False if the loop is gone."""

@@ -2,9 +2,10 @@
 
     Zenoh thread ── count, post ──▶ loop: check envelope ──▶ wait for a slot ──▶ handler ──▶ signed reply
 
-Invariants: at most `concurrency` handlers run and `backlog` requests wait; one more is told `busy` at once. A handler
-runs only for an envelope that passed every check, of a sender that `allow` admits, and no longer than its asker
-waits. The asker learns a `ShoalError`'s text, and of any other failure only that there was one.
+Invariants: at most `concurrency` handlers run and `backlog` requests wait, with no more than `MAX_QUEUED_BYTES` among
+them; one more is told `busy` at once. A handler runs only for an envelope that passed every check, of a sender that
+`allow` admits, and no longer than its asker waits. The asker learns a `ShoalError`'s text, and of any other failure
+only that there was one. Nothing here waits for a link on the loop: replying, and even dropping a query, may.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ MAX_HANDLER_S = 600.0
 
 MAX_REFUSALS_IN_FLIGHT = 256
 """Further requests in excess are dropped without a word: answering them would be work too."""
+
+
+MAX_QUEUED_BYTES = 256 * 2**20
+"""Bodies that one service holds at once, waiting or at work; beyond it, it is busy, whatever the number of requests."""
 
 
 class Request(NamedTuple):
@@ -67,6 +72,7 @@ class Service:
         self._lock = threading.Lock()
         self._num_accepted = 0
         self._num_refused = 0
+        self._num_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._queryable: zenoh.Queryable[None] | None = None
         self.closed = False
@@ -94,28 +100,30 @@ class Service:
         # On Zenoh's thread. The counters are what bounds the loop's queue, so they are kept here and not on the loop.
         size = len(query.payload or b"")
         with self._lock:
-            accepted = not self.closed and self._num_accepted < self._limit and size <= self._max_bytes
+            room = self._num_accepted < self._limit and self._num_bytes + size <= MAX_QUEUED_BYTES
+            accepted = room and not self.closed and size <= self._max_bytes
             refused = not accepted and not self.closed and self._num_refused < MAX_REFUSALS_IN_FLIGHT
             self._num_accepted += accepted
+            self._num_bytes += size if accepted else 0
             self._num_refused += refused
         if accepted:
-            posted = self._core.post(self._spawn, query, None)
+            posted = self._core.post(self._spawn, query, size, None)
         elif refused:
             why = Refusal.of("size", f"a request of {size} bytes exceeds the limit of {self._max_bytes} bytes.")
             if size <= self._max_bytes:
                 why = Refusal.of("busy", f"too many requests wait on {local_key(self._key)!r}.", "Try again later.")
-            posted = self._core.post(self._spawn, query, why)
+            posted = self._core.post(self._spawn, query, 0, why)
         else:
             posted = False
         if not posted:
             _drop(query)
 
-    def _spawn(self, query: zenoh.Query, refusal: Refusal | None) -> None:
-        task = self._core.loop.create_task(self._answer(query, refusal))
+    def _spawn(self, query: zenoh.Query, size: int, refusal: Refusal | None) -> None:
+        task = self._core.loop.create_task(self._answer(query, size, refusal))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _answer(self, query: zenoh.Query, refusal: Refusal | None) -> None:
+    async def _answer(self, query: zenoh.Query, size: int, refusal: Refusal | None) -> None:
         try:
             attachment = read_bytes(query.attachment)
             header = read_header(attachment)
@@ -125,6 +133,8 @@ class Service:
                 self._core.counters[f"refused.{refusal.kind}"] += 1
                 kind, reply = "refusal", refusal.encode()
             await self._reply(query, header, kind, reply)
+        except _TooLate:
+            self._core.counters["deadline_passed"] += 1
         except EnvelopeError as error:
             # The header cannot be read, so there is no request to bind a reply to.
             self._core.counters[f"refused.{error.kind}"] += 1
@@ -132,16 +142,18 @@ class Service:
             self._core.counters["reply_failed"] += 1
             log.debug("a reply could not be sent: %s", error)
         finally:
-            _drop(query)
+            self._core.detach(_drop, query)
             with self._lock:
                 if refusal is None:
                     self._num_accepted -= 1
+                    self._num_bytes -= size
                 else:
                     self._num_refused -= 1
 
     async def _work(self, query: zenoh.Query, header: Header, attachment: bytes) -> tuple[Kind, bytes]:
+        patience = asyncio.timeout(min(header.deadline_s, MAX_HANDLER_S))
         try:
-            async with asyncio.timeout(min(header.deadline_s, MAX_HANDLER_S)):
+            async with patience:
                 request = await self._admit(query, header, attachment)
                 async with self._slots:
                     reply = await self._handler(request)
@@ -151,7 +163,9 @@ class Service:
             return self._refuse(error.kind, error)
         except ShoalError as error:
             return self._refuse("refused", error)
-        except Exception:  # noqa: BLE001  One bad request must not end the service for all; logged and counted.
+        except Exception as error:  # noqa: BLE001  One bad request must not end the service for all.
+            if patience.expired() and isinstance(error, TimeoutError):
+                raise _TooLate from None
             log.exception("the handler of %r failed", local_key(self._key))
             return self._refuse("internal", ShoalError("the other node failed while handling the request."))
 
@@ -175,11 +189,18 @@ class Service:
         _, attachment = await self._core.seal(kind, key, body, to=header.sender, answers=header.nonce)
 
         def send() -> None:
-            query.reply(query.key_expr, body, attachment=attachment)
+            try:
+                query.reply(query.key_expr, body, attachment=attachment)
+            finally:
+                _drop(query)
 
         await self._core.send(header.sender, send)
 
 
+class _TooLate(Exception):
+    """Whoever asked has stopped waiting: there is nobody to answer."""
+
+
 def _drop(query: zenoh.Query) -> None:
-    """Tell the asker that nothing more will come."""
+    """Tell the asker that nothing more will come; a second time it does nothing. May wait for the link, as a reply."""
     query.drop()  # type: ignore[no-untyped-call]  # Zenoh's stub gives no return type.

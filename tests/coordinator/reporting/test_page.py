@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.coordinator.reporting.markup import tag, text
-from shoal.coordinator.reporting.plots import PLOTS, draw_plots
 from shoal.coordinator.reporting.page import write_report
+from shoal.coordinator.reporting.plots import PLOTS, draw_plots
 from shoal.coordinator.reporting.record import read_run
 from shoal.errors import RunError
 from shoal.protocol.codec import to_json
@@ -253,7 +253,9 @@ def test_rollouts_are_shown_where_no_samples_were_kept(tmp_path: Path) -> None:
 
 
 def test_matplotlib_and_torch_are_not_imported_before_a_picture_is_drawn() -> None:
-    code = "import sys, shoal.coordinator.reporting.page; print([m for m in ('matplotlib', 'torch') if m in sys.modules])"
+    code = (
+        "import sys, shoal.coordinator.reporting.page; print([m for m in ('matplotlib', 'torch') if m in sys.modules])"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)},
         capture_output=True, text=True, check=True, timeout=60,

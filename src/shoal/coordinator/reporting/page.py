@@ -37,7 +37,7 @@ LOSS_WORDS = ("void", "expired", "rejected", "late", "duplicate", "swept", "drop
 
 SHOWN_SUMMARY = {"accuracy_before", "accuracy_after", "accuracy_before_lenient", "accuracy_after_lenient"} | {
     "gain_interval", "gain_interval_lenient", "heldout_questions", "seconds", "max_staleness", "S",
-    "worker_rollouts", "min_worker_share", "samples",
+    "worker_rollouts", "min_worker_share", "samples", "steps",
 }  # fmt: skip
 """Keys of the summary that have a place of their own; other plain values are listed after them."""
 
@@ -185,7 +185,8 @@ def _samples(run: RunRecord) -> list[Markup]:
     for sample in samples[:MAX_SAMPLES] if isinstance(samples, list) else []:
         if isinstance(sample, dict):
             said = [_said(when, sample.get(when, "")) for when in ("before", "after")]
-            answer = tag("span", f"  answer: {_cut(sample.get('answer', ''))}", class_="soft")
+            expected = sample.get("answer", "")
+            answer = tag("span", f"  answer: {_cut(expected)}" if expected else "", class_="soft")
             asked = tag("div", tag("strong", _cut(sample.get("question", ""))), answer)
             shown.append(tag("div", asked, tag("div", *said, class_="pair"), class_="card sample"))
     return shown
