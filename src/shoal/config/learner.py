@@ -14,8 +14,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from shoal.config.base import Device, Section, Strings, default_kind
 
 Normalisation = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
-"""TRL's names. `grpo`: mean over each sequence's tokens, then over sequences; `bnpo`: over a micro-batch's tokens;
-`dr_grpo`: sum over a constant length; `dapo`: over all tokens of the step."""
+"""TRL's names. `grpo`: mean over each sequence's tokens, then over sequences; `dapo`: over all tokens of the step;
+`bnpo`: the same here, where a step is one batch however it is packed; `dr_grpo`: sum over a constant length."""
 
 
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
