@@ -10,6 +10,8 @@ import string
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from shoal.envs.base import Environment, Observation, Split, Step, check_cursor
 from shoal.errors import TaskError
 from shoal.protocol.chat import Message
@@ -57,6 +59,16 @@ class Slow(FirstDigit):
         import asyncio
 
         await asyncio.sleep(0.5)
+        return await super().step(action, truncated=truncated)
+
+
+class Stuck(FirstDigit):
+    """An environment that never answers."""
+
+    async def step(self, action: str, *, truncated: bool = False) -> Step:
+        import asyncio
+
+        await asyncio.sleep(3600)
         return await super().step(action, truncated=truncated)
 
 
@@ -141,3 +153,9 @@ def write_config(path: Path, tables: dict[str, Any]) -> Path:
 
     path.write_text(tomli_w.dumps(tables))
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model's directory. Import this fixture into a folder's `conftest.py` to use it there."""
+    return make_tiny_model(tmp_path_factory.mktemp("tiny") / "model")

@@ -159,7 +159,7 @@ def test_skipped_groups_leave_the_gradient_as_it_was() -> None:
         kept, summary = assemble(mixed + same, Advantage(), skip=False)
         assert summary.num_groups_skipped == 0
         rows = tuple(pack(kept, 4096))
-        computed.forward_backward(type(batch)(rows, batch.denominators, summary))
+        computed.forward_backward(type(batch)(rows, batch.denominators, summary, 0))
         for name, parameter in trainer.trainable().items():
             torch.testing.assert_close(parameter.grad, computed.trainable()[name].grad, rtol=1e-4, atol=1e-6)
 
@@ -207,6 +207,23 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(place: str, dtype: tor
     metrics = trainer.step(episodes)
     assert metrics["nonfinite"] == 0
     assert metrics["applied"] == 1
+
+
+def test_episodes_that_this_model_cannot_have_made_are_refused_and_counted() -> None:
+    rng = random.Random(0)
+    good = random_episodes(0, groups=2)
+
+    def odd(index: int, context: tuple[int, ...], drawn: tuple[int, ...]) -> Episode:
+        turn = Turn(context_ids=context, observation="", completion=completion(drawn, rng))
+        return episode("odd", index, [turn], float(index))
+
+    bad = [odd(0, (1, 2), (3, VOCAB)), odd(1, (VOCAB + 5, 2), (3,)), odd(2, (1,) * 512, (3,))]
+    alone, mixed = Trainer(tiny_model(), AsyncLearner(lr=1e-2)), Trainer(tiny_model(), AsyncLearner(lr=1e-2))
+    expected = alone.step(good)
+    metrics = mixed.step([*good, *bad])
+    assert metrics["episodes_refused"] == 3
+    assert {**metrics, "train_s": 0, "episodes_refused": 0} == {**expected, "train_s": 0}
+    assert equal(alone.tensors(), snapshot(mixed))
 
 
 def test_reward_rises() -> None:

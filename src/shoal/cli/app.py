@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("run", "Measure a model on held-out questions."),
     "chat": ("run", "Talk to a model."),
     "config": ("app", "Check a configuration, or list those that come with Shoal."),
+    "lab": ("app", "Build a network to try things on, and measure it."),
     "bench": ("run", "Run a benchmark and print its numbers."),
 }
 """Name -> attribute of its module, summary. `shoal --help` lists them in this order."""

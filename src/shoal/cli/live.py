@@ -32,6 +32,7 @@ class LiveView:
         self._last_step = 0
         self._told_evals: set[int] = set()
         self._told_waiting = False
+        self._last_worker = time.monotonic()
         self._rewards: list[float] = []
 
     def __enter__(self) -> Self:
@@ -45,9 +46,13 @@ class LiveView:
 
     def ready(self, session: Session) -> None:
         """The run has begun: say where it is and how to join it."""
+        self._last_worker = time.monotonic()
         note(f"run {session.run.path}")
-        if not self._quiet or session.config.workers.count == 0:
+        if _waits_for_workers(session):
+            note("No worker starts with this run; it waits until one joins, from this machine or another, with:")
+        elif not self._quiet:
             note("To add a worker, on this machine or another:")
+        if not self._quiet or _waits_for_workers(session):
             self._console.print(f"shoal worker {session.ticket}", soft_wrap=True, highlight=False, markup=False)
         if self._as_panel:
             from rich.live import Live
@@ -75,13 +80,18 @@ class LiveView:
                     f"version {evaluated}: {result['strict']:.1%} of {result['questions']} held-out questions right "
                     f"({result['lenient']:.1%} counting any last number)"
                 )
-        waited = time.monotonic() - session.started
-        if waited > WAITING_HINT_S and not coordinator.workers() and not self._told_waiting and not self._quiet:
-            if session.config.learner.mode != "colocated" and not coordinator.control.ended:
-                note("No worker has joined yet; the run waits. Start one with the line above.")
-            self._told_waiting = True
+        self._hint(session)
         if self._live is not None:
             self._live.update(self._panel(session))
+
+    def _hint(self, session: Session) -> None:
+        """Once for each time that the run is without workers for long."""
+        now, coordinator = time.monotonic(), session.coordinator
+        if coordinator.workers() or coordinator.control.ended or session.config.learner.mode == "colocated":
+            self._last_worker, self._told_waiting = now, False
+        elif now - self._last_worker > WAITING_HINT_S and not self._told_waiting:
+            note(f"No worker is here; the run waits. Start one: shoal worker {session.ticket}")
+            self._told_waiting = True
 
     def _eta(self, session: Session) -> str:
         coordinator = session.coordinator
@@ -139,6 +149,10 @@ class LiveView:
             table,
         )
         return Panel(body, title=f"shoal: {session.run.name}{self._eta(session)}", title_align="left")
+
+
+def _waits_for_workers(session: Session) -> bool:
+    return session.config.workers.count == 0 and session.config.learner.mode != "colocated"
 
 
 def _spark(values: list[float], width: int = 60) -> str:

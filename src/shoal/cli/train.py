@@ -7,7 +7,7 @@ from typing import Any
 
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Flag, Json, Overrides
-from shoal.errors import ConfigError, RunError
+from shoal.errors import ConfigError, ShoalError
 
 
 def run(
@@ -59,11 +59,10 @@ def run(
     with LiveView(quiet=json) as view:
         try:
             summary = asyncio.run(train(resolved, folder, say=note, view=view.update, on_ready=view.ready))
-        except KeyboardInterrupt:
-            note(f"Interrupted. Continue with: shoal train --resume {folder.path}")
-            raise
-        except RunError:
-            note(f"The run stopped. Continue with: shoal train --resume {folder.path}")
+        except (KeyboardInterrupt, ShoalError) as error:
+            if folder.path.exists():
+                how = "Interrupted" if isinstance(error, KeyboardInterrupt) else "The run stopped"
+                note(f"{how}. Continue with: shoal train --resume {folder.path}")
             raise
     finish(summary, folder.path, json=json, plots=resolved.output.plots)
 

@@ -1,7 +1,8 @@
 """A training run from start to end on this machine: coordinator here, learner and local workers as children.
 
 Shared by `shoal train` and `shoal demo`. Invariants: whatever happens, every child has ended when `train` returns;
-a learner or worker that dies is started again, a few times; a run that is interrupted can be resumed.
+a learner or worker that dies is started again, a few times; a run that is interrupted can be resumed, and one that
+never began leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -9,30 +10,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import secrets
 import signal
 import sys
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from shoal.config import Config, load_config, to_toml
 from shoal.coordinator.control import Control
-from shoal.coordinator.reporting.paired import paired_interval
-from shoal.coordinator.processes import Child, Children
+from shoal.coordinator.processes import Child, Children, child_of_this
 from shoal.coordinator.rundir import RunDir
 from shoal.coordinator.service import Coordinator
+from shoal.coordinator.summary import local_name, summarise
 from shoal.coordinator.tasks import make_environments
-from shoal.errors import ModelError, RunError
+from shoal.errors import ConfigError, ModelError, NetworkError, RunError, ShoalError, StorageError
+from shoal.fabric.endpoint import Endpoint
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
 
 MAX_RESTARTS = 5
-"""A child that has died this often will not be started again."""
+"""A child that has died this often, each time soon after its start, will not be started again."""
+
+HEALTHY_S = 300.0
+"""A child that has lived this long before it died has not died soon after its start."""
+
+RESTART_PAUSE_S = 1.0
 
 PREPARE_TIMEOUT_S = 1800.0
 """The longest that fetching and converting a model may take."""
@@ -40,7 +49,11 @@ PREPARE_TIMEOUT_S = 1800.0
 FINISH_GRACE_S = 60.0
 """Children end by themselves when the run is over; what has not by then is told to."""
 
-NUM_SAMPLES = 3
+DISMISS_S = 10.0
+"""Workers elsewhere hear within a heartbeat that the run is over; those that have not by then find out later."""
+
+LOCAL_GRACE_S = 2.0
+"""Local workers end this soon after Ctrl-C: rollouts that are cut off are leased again when the run is resumed."""
 
 SECRET_BYTES = 16
 
@@ -76,14 +89,17 @@ def resumed_run(where: str) -> tuple[RunDir, Config]:
     return run, load_config(str(run.path / "config.toml"), [])
 
 
-async def prepare_model(name: str, say: Callable[[str], None]) -> None:
-    """Fetch and convert the model in a process of its own, so that this one stays small.
+async def prepare_model(name: str, say: Callable[[str], None]) -> Path:
+    """Fetch and convert the model in a process of its own, so that this one stays small; gives its directory.
 
     Raises:
         ModelError: it cannot be had.
     """
+    if (Path(name) / "config.json").is_file():
+        return Path(name)
+    command = [sys.executable, "-m", "shoal.cli", "_prepare", name]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "shoal.cli", "_prepare", name, stdout=asyncio.subprocess.PIPE
+        *command, stdout=asyncio.subprocess.PIPE, env={**os.environ, **child_of_this()}
     )
     assert process.stdout is not None
     result: dict[str, Any] = {}
@@ -96,14 +112,19 @@ async def prepare_model(name: str, say: Callable[[str], None]) -> None:
                 else:
                     result = message
             await process.wait()
+    except TimeoutError:
+        raise ModelError(
+            f"model '{name}' was not fetched within {PREPARE_TIMEOUT_S / 60:.0f} minutes.", "Try again later."
+        ) from None
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
     if "error" in result:
         raise ModelError(result["error"]["problem"], result["error"]["remedy"])
-    if process.returncode:
+    if process.returncode or "directory" not in result:
         raise ModelError(f"preparing model '{name}' ended with exit code {process.returncode}.")
+    return Path(result["directory"])
 
 
 async def train(
@@ -117,61 +138,135 @@ async def train(
     """Run the whole training and give its summary, which is also written to `summary.json`.
 
     Raises:
-        RunError: the run cannot go on; it can be resumed.
+        ShoalError: the run cannot go on; if its folder is still there, it can be resumed.
         KeyboardInterrupt: Ctrl-C or SIGTERM; every child has ended and the run can be resumed.
     """
+    try:
+        run.lock()
+        return await _train(config, run, say, view, on_ready)
+    except (ShoalError, asyncio.CancelledError):
+        run.discard_unstarted()
+        raise
+    finally:
+        run.close()
+
+
+async def _train(
+    config: Config,
+    run: RunDir,
+    say: Callable[[str], None],
+    view: View,
+    on_ready: Callable[[Session], None],
+) -> dict[str, Any]:
     environments = make_environments(config)
-    control = Control(config, environments, run)
-    await prepare_model(config.model.name, say)
+    model = await prepare_model(config.model.name, say)
+    control = Control(config, environments, run, vocab_size=_vocab_size(model))
     kept = _kept_secrets(run)
-    identity = Identity.load_or_create(run.path / "identity" / "coordinator")
+    secret = bytes.fromhex(kept["secret"])
     learner = Identity.load_or_create(run.path / "identity" / "learner")
-    network = config.network
     children = Children(run.path / "logs")
     started = time.monotonic()
-    tls = {"auto": None, "on": True, "off": False}[network.tls]
-    port = network.port or kept.get("port", 0)
-    async with await Fabric.listen(identity, network.host, port, tls=tls) as fabric:
-        kept["port"] = int(fabric.endpoints[0].rsplit(":", 1)[1])
+    async with await _listen(config, run, kept.get("port", 0), say) as fabric:
+        kept["port"] = int(fabric.endpoints[0].rpartition(":")[2])
         run.write_atomic("secrets.json", json.dumps(kept).encode(), mode=0o600)
-        secret = bytes.fromhex(kept["secret"])
-        coordinator = Coordinator(
-            config, control, run, fabric, learner_key=learner.public_key, secret=secret
-        )
+        coordinator = Coordinator(config, control, run, fabric, learner_key=learner.public_key, secret=secret)
         await coordinator.start()
-        ticket = fabric.ticket(run.name, secret).encode()
+        ticket = _ticket(config, run, fabric, secret)
         run.write_atomic("ticket.txt", ticket.encode() + b"\n", mode=0o600)
         session = Session(config, run, coordinator, ticket, started)
         run.event("run.started", steps=config.run.steps)
         try:
-            async with _signals() as interrupted, asyncio.TaskGroup() as group:
-                on_ready(session)
-                watchers = [
-                    group.create_task(_keep_alive(children, coordinator, name, arguments))
-                    for name, arguments in _children(config, run)
-                ]
-                viewing = group.create_task(_show(session, view))
-                ended = asyncio.create_task(coordinator.finished())
-                stop = asyncio.create_task(interrupted.wait())
-                try:
-                    await asyncio.wait([ended, stop], return_when=asyncio.FIRST_COMPLETED)
-                    if not ended.done():
-                        raise KeyboardInterrupt
-                    await ended
-                    await children.wait_all(FINISH_GRACE_S)
-                finally:
-                    for task in (*watchers, viewing, ended, stop):
-                        task.cancel()
-        except* RunError as errors:
-            raise errors.exceptions[0] from None
+            async with _signals() as interrupted:
+                await _supervise(session, children, interrupted, view, on_ready)
         finally:
             await children.end_all()
             await coordinator.close()
-            run.event("run.ended", version=control.version)
+            with contextlib.suppress(StorageError):  # the full disk may be why the run ends
+                run.event("run.ended", version=control.version)
             view(session)
     summary = summarise(config, control, seconds=time.monotonic() - started)
     run.write_atomic("summary.json", json.dumps(summary, ensure_ascii=False, indent=1).encode())
     return summary
+
+
+async def _supervise(
+    session: Session,
+    children: Children,
+    interrupted: asyncio.Event,
+    view: View,
+    on_ready: Callable[[Session], None],
+) -> None:
+    """Start the children and wait for the run's end, and for theirs."""
+    coordinator = session.coordinator
+    on_ready(session)
+    ended, stop = asyncio.create_task(coordinator.finished()), asyncio.create_task(interrupted.wait())
+    viewing = asyncio.create_task(_show(session, view))
+    keepers = [
+        asyncio.create_task(_keep_alive(children, coordinator, name, arguments))
+        for name, arguments in _children(session.config, session.run)
+    ]
+    tasks = [ended, stop, viewing, *keepers]
+    try:
+        await _until(ended, stop, [viewing, *keepers])
+        finishing = asyncio.create_task(_finish(children, coordinator))
+        tasks.append(finishing)
+        await _until(finishing, stop, [viewing])
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _finish(children: Children, coordinator: Coordinator) -> None:
+    """Let everyone hear that the run is over and leave."""
+    await asyncio.gather(children.wait_all(FINISH_GRACE_S), coordinator.dismissed(DISMISS_S))
+
+
+async def _until(what: asyncio.Task[Any], stop: asyncio.Task[Any], others: Iterable[asyncio.Task[Any]]) -> None:
+    """Wait for a task; one of the others that fails, or Ctrl-C, comes out here."""
+    waiting = {what, stop, *others}
+    while not what.done():
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if stop in done:
+            raise KeyboardInterrupt
+        for task in done:
+            task.result()
+
+
+async def _listen(config: Config, run: RunDir, kept_port: int, say: Callable[[str], None]) -> Fabric:
+    """Listen where the configuration says; a resumed run on the port it had, so that old tickets stay valid."""
+    identity = Identity.load_or_create(run.path / "identity" / "coordinator")
+    network = config.network
+    tls = {"auto": None, "on": True, "off": False}[network.tls]
+    if network.port == 0 and kept_port:
+        try:
+            return await Fabric.listen(identity, network.host, kept_port, tls=tls)
+        except NetworkError:
+            say(f"port {kept_port}, which the run had before, is taken: workers elsewhere need the new ticket")
+    return await Fabric.listen(identity, network.host, network.port, tls=tls)
+
+
+def _ticket(config: Config, run: RunDir, fabric: Fabric, secret: bytes) -> str:
+    """The run's ticket, advertised addresses first."""
+    ticket = fabric.ticket(run.name, secret)
+    scheme, _, rest = ticket.endpoints[0].partition("/")
+    port = rest.rpartition(":")[2]
+    told: list[str] = []
+    for address in config.network.advertise:
+        host = f"[{address}]" if address.count(":") > 1 and not address.startswith("[") else address
+        text = f"{scheme}/{host}" if host.rpartition(":")[2].isdigit() else f"{scheme}/{host}:{port}"
+        try:
+            told.append(str(Endpoint.parse(text)))
+        except ValueError as error:
+            raise ConfigError(f"network.advertise: {error}.", "Write a host, or host:port.") from None
+    return replace(ticket, endpoints=tuple(dict.fromkeys([*told, *ticket.endpoints]))).encode()
+
+
+def _vocab_size(model: Path) -> int:
+    """How many token ids the model knows; no bound where its configuration does not say."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        return int(json.loads((model / "config.json").read_text())["vocab_size"])
+    return 2**31
 
 
 def _children(config: Config, run: RunDir) -> list[tuple[str, list[str]]]:
@@ -180,10 +275,10 @@ def _children(config: Config, run: RunDir) -> list[tuple[str, list[str]]]:
     if config.learner.mode == "colocated":
         return found
     for number in range(config.workers.count):
-        name = f"local-{number}"
+        name = local_name(number)
         arguments = ["worker", ticket, "--name", name, "--threads", str(config.workers.threads)]
         arguments += ["--max-sequences", str(config.workers.max_sequences), "--device", config.workers.device]
-        arguments += ["--cache-tokens", str(config.workers.cache_tokens)]
+        arguments += ["--cache-tokens", str(config.workers.cache_tokens), "--grace", str(LOCAL_GRACE_S)]
         arguments += ["--identity", str(run.path / "identity" / name), "--local-store", str(run.path / "snapshots")]
         found.append((name, arguments))
     return found
@@ -196,24 +291,36 @@ async def _keep_alive(children: Children, coordinator: Coordinator, name: str, a
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0",  # some task generators' draws depend on it
     }
-    for attempt in range(MAX_RESTARTS + 1):
+
+    def is_over() -> bool:
+        return coordinator.control.ended
+
+    restarts = 0
+    last_code: int | None = RunError.exit_code
+    while not is_over():
+        born = time.monotonic()
         child = await children.start(name, arguments, settings)
         code = await child.process.wait()
-        if coordinator.control.ended:
+        if is_over():
             return
         children.all.remove(child)
-        coordinator.run.event("process.died", name, exit_code=code, restarts=attempt)
-        if code == RunError.exit_code and attempt == 0:
-            break  # it said why it cannot work: trying again changes nothing
-        await asyncio.sleep(1.0)
-    coordinator.fail(_died(child, name))
+        coordinator.run.event("process.died", name, exit_code=code, restarts=restarts)
+        if code == last_code == RunError.exit_code or restarts == MAX_RESTARTS:
+            # It said why it cannot work, at once or twice in a row: trying again changes nothing.
+            coordinator.fail(_died(child, name))
+            return
+        last_code = code
+        restarts = 0 if time.monotonic() - born > HEALTHY_S else restarts + 1
+        await asyncio.sleep(RESTART_PAUSE_S)
 
 
 def _died(child: Child, name: str) -> RunError:
     last = child.tail.splitlines()[-1] if child.tail else "it printed nothing"
+    code = child.process.returncode
+    if code == RunError.exit_code:
+        return RunError(f"process '{name}' stopped: {last.removeprefix('Error: ')}", f"Its log is {child.log}.")
     return RunError(
-        f"process '{name}' keeps dying (exit code {child.process.returncode}): {last}",
-        f"See {child.log}; then continue with --resume.",
+        f"process '{name}' keeps dying (exit code {code}): {last}", f"See {child.log}; then continue with --resume."
     )
 
 
@@ -246,59 +353,3 @@ def _kept_secrets(run: RunDir) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         return dict(json.loads((run.path / "secrets.json").read_text()))
     return {"secret": secrets.token_hex(SECRET_BYTES)}
-
-
-def summarise(config: Config, control: Control, *, seconds: float) -> dict[str, Any]:
-    """What people and machines want to know of a finished run."""
-    steps = config.run.steps
-    rollouts = dict(control.consumed_by)
-    total = sum(rollouts.values())
-    summary: dict[str, Any] = {
-        "steps": control.version,
-        "seconds": round(seconds, 1),
-        "max_staleness": control.max_staleness_seen,
-        "S": config.learner.max_staleness,
-        "worker_rollouts": rollouts,
-        "min_worker_share": min(rollouts.values()) / total if total else 0.0,
-        "rollouts": _counts(control),
-    }
-    before, after = control.answers(0), control.answers(steps)
-    if after:
-        summary |= {"heldout_questions": len(after), **_accuracy(after, "after")}
-    if before:
-        summary |= _accuracy(before, "before")
-    if before and after:
-        for kind, suffix in (("strict", ""), ("lenient", "_lenient")):
-            low, high = paired_interval([a[kind] >= 1 for a in before], [a[kind] >= 1 for a in after])
-            summary[f"gain_interval{suffix}"] = [low, high]
-        summary["samples"] = _samples(before, after)
-    return summary
-
-
-def _accuracy(answers: list[dict[str, Any]], when: str) -> dict[str, float]:
-    return {
-        f"accuracy_{when}": sum(a["strict"] for a in answers) / len(answers),
-        f"accuracy_{when}_lenient": sum(a["lenient"] for a in answers) / len(answers),
-    }
-
-
-def _samples(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A few questions evenly spread over the held-out list, chosen by position and not by how they came out."""
-    stride = max(1, len(before) // NUM_SAMPLES)
-    return [
-        {
-            "question": b["question"],
-            "before": b["answer"],
-            "after": a["answer"],
-            "correct_before": b["strict"],
-            "correct_after": a["strict"],
-        }
-        for b, a in list(zip(before, after, strict=True))[::stride][:NUM_SAMPLES]
-    ]
-
-
-def _counts(control: Control) -> dict[str, int]:
-    counts: Counter[str] = Counter(control.book.counts)
-    counts["consumed_groups"] = control.queue.counts["consumed"]
-    counts["swept_groups"] = control.queue.counts["swept"]
-    return dict(counts)

@@ -85,7 +85,8 @@ def read_ticket(text: str) -> str:
         pass  # too long for a file's name, as a mistyped ticket is; or a file that cannot be read, said below
     if "/" in text and not text.startswith("shoal"):
         raise TicketError(
-            f"there is no ticket file {text} that can be read.", "Give the ticket's line itself, or a file that holds it."
+            f"there is no ticket file {text} that can be read.",
+            "Give the ticket's line itself, or a file that holds it.",
         )
     return text
 
@@ -93,9 +94,10 @@ def read_ticket(text: str) -> str:
 async def _work(ticket_text: str, grace_s: float, given: dict[str, Any]) -> dict[str, Any]:
     from shoal.fabric.fabric import Fabric
     from shoal.fabric.ticket import Ticket
+
+    ticket = Ticket.decode(ticket_text)  # before torch is imported, so that a mistyped one is answered at once
     from shoal.rollout.host import WorkerOptions, worker_identity, working
 
-    ticket = Ticket.decode(ticket_text)
     cache_tokens = given.pop("cache_tokens")
     options = WorkerOptions(**given, cache_tokens=cache_tokens)
     with worker_identity(options.identity) as identity:
@@ -103,7 +105,9 @@ async def _work(ticket_text: str, grace_s: float, given: dict[str, Any]) -> dict
 
             def on_event(kind: str, data: dict[str, Any]) -> None:
                 if kind == "policy.swapped":
-                    note(f"policy {data['version']} (fetched in {data['fetch_s']:.1f} s, {data['pause_s']:.2f} s pause)")
+                    note(
+                        f"policy {data['version']} (fetched in {data['fetch_s']:.1f} s, {data['pause_s']:.2f} s pause)"
+                    )
 
             async with working(fabric, ticket, options, progress=note, on_event=on_event) as worker:
                 loop = asyncio.get_running_loop()

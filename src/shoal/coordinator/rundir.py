@@ -19,6 +19,7 @@ import fcntl
 import json
 import os
 import secrets
+import shutil
 import time
 from io import FileIO
 from pathlib import Path
@@ -41,6 +42,7 @@ class RunDir:
         self.path = path.resolve()
         self._appending: dict[str, FileIO] = {}
         self._lock: FileIO | None = None
+        self._is_new = not self.path.exists()
 
     @classmethod
     def create(cls, path: Path) -> RunDir:
@@ -89,6 +91,11 @@ class RunDir:
             ) from None
         except OSError as error:
             raise _storage_error(self.path, error) from None
+
+    def discard_unstarted(self) -> None:
+        """Remove the folder if this object made it and nothing ever happened in it."""
+        if self._is_new and not (self.path / "events.jsonl").exists():
+            shutil.rmtree(self.path, ignore_errors=True)
 
     @property
     def name(self) -> str:

@@ -48,6 +48,9 @@ POLL_S = 5.0
 TICK_S = 0.5
 HEARTBEAT_S = 2.0
 
+BEATS_PER_LEASE = 3
+"""Heartbeats that a lease's time holds at least, so that losing one of them costs nothing."""
+
 MAX_NODES = 1024
 MAX_SUBMISSION_BYTES = 64 * 2**20
 MAX_MANIFEST_BYTES = 64 * 2**20
@@ -210,7 +213,7 @@ class Coordinator:
             dtype=self.config.model.dtype,
             envs={name: {"type": e.type, "settings": e.settings} for name, e in self.config.envs.items()},
             context_tokens=self.config.model.context_tokens,
-            heartbeat_s=HEARTBEAT_S,
+            heartbeat_s=min(HEARTBEAT_S, self.config.rollout.lease_timeout_s / BEATS_PER_LEASE),
         )
         reply = JoinReply(accepted=True, node_id=node.node_id, learner_key=self._learner_key, spec=encode(spec))
         return encode(reply)

@@ -1,10 +1,10 @@
 """The local engine: an asyncio face on a batcher that runs in a thread of its own.
 
-One thread owns model, cache and batcher; coroutines hand it work through a bounded queue and get completions back on
-their own loop. Weights are swapped by the same thread between two steps.
+One thread owns model, cache and batcher; coroutines hand it work through its inbox (at most `MAX_REQUESTS` at a time)
+and get completions back on their own loop. Weights are swapped by the same thread between two steps.
 
 Invariants: nothing touches the model but the engine's thread; a coroutine that is cancelled frees its slot at the
-next step; after `close()` the thread has ended and every waiter has been answered.
+next step; when the engine is closed or fails, everyone who waits for it is answered.
 
 What happens to sequences that are alive when weights are swapped (`keep`): they go on with the cache they have, and
 their next tokens carry the new version.
@@ -16,13 +16,16 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 
-from shoal.engine.batching import Batcher, Sequence
+from shoal.broadcast.tensors import TensorView
+from shoal.engine import batching
+from shoal.engine.batching import Batcher
 from shoal.engine.cache import KVCache
 from shoal.engine.model import Decoder
 from shoal.engine.source import LocalModel
@@ -31,8 +34,10 @@ from shoal.engine.weights import from_views
 from shoal.errors import CapacityError, ModelError
 from shoal.protocol.sampling import Completion, SampleRequest
 
-MAX_WAITING = 4096
-"""Requests beyond this many are refused at once instead of queued."""
+T = TypeVar("T")
+
+MAX_REQUESTS = 4096
+"""Requests beyond this many, waiting or alive, are refused at once."""
 
 CLOSE_TIMEOUT_S = 30.0
 """The engine's thread ends within one step; a step that takes longer than this is a defect."""
@@ -92,11 +97,12 @@ class LocalEngine:
         self.tokenizer = Tokenizer(model.directory)
         self._batcher = Batcher(decoder, self.tokenizer, cache, context_tokens)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._num_waiting = 0
+        self._num_requests = 0
         self._busy_s = 0.0
+        self._closed = False
         self._failure: BaseException | None = None
-        self._pending: set[asyncio.Future[Completion]] = set()
-        self._thread = threading.Thread(target=self._run, name="shoal-engine", daemon=True)
+        self._pending: set[asyncio.Future[Any]] = set()
+        self._thread = threading.Thread(target=self._run, args=(threads,), name="shoal-engine", daemon=True)
         self._thread.start()
 
     async def __aenter__(self) -> Self:
@@ -132,27 +138,29 @@ class LocalEngine:
         return await self._submit(request, None)
 
     async def stream(self, request: SampleRequest) -> AsyncIterator[str]:
-        """The completion's text, piece by piece; pieces end at whole characters."""
+        """The completion's text, piece by piece: whole characters, and nothing of a stop string."""
         loop = asyncio.get_running_loop()
         arrived: asyncio.Queue[int | None] = asyncio.Queue()
 
         def on_token(token: int) -> None:
-            loop.call_soon_threadsafe(arrived.put_nowait, token)
+            with suppress(RuntimeError):  # the loop is closed, so nobody listens
+                loop.call_soon_threadsafe(arrived.put_nowait, token)
 
         task = asyncio.ensure_future(self._submit(request, on_token))
         task.add_done_callback(lambda _: arrived.put_nowait(None))
         ids: list[int] = []
-        shown = ""
+        shown = 0
         try:
             while (token := await arrived.get()) is not None:
                 ids.append(token)
                 text = self.tokenizer.visible(ids, request.params.stop)
-                if not text.endswith("\ufffd") and len(text) > len(shown):
-                    yield text[len(shown) :]
-                    shown = text
+                text = text[: len(text) - _undecided(text, request.params.stop)]
+                if len(text) > shown:
+                    yield text[shown:]
+                    shown = len(text)
             completion = await task
-            if len(completion.text) > len(shown):
-                yield completion.text[len(shown) :]
+            if len(completion.text) > shown:
+                yield completion.text[shown:]
         finally:
             task.cancel()
 
@@ -162,69 +170,72 @@ class LocalEngine:
         Raises:
             ModelError: tensors are missing or of another shape; the old weights stay.
         """
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[float] = loop.create_future()
+        done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
         def swap() -> None:
             started = time.monotonic()
             try:
                 self._batcher.model.load(from_views(tensors))
             except ModelError as error:
-                loop.call_soon_threadsafe(_settle, done, error)
+                _answer(done, error)
                 return
             self._batcher.version = version
-            loop.call_soon_threadsafe(_settle, done, time.monotonic() - started)
+            _answer(done, time.monotonic() - started)
 
-        self._post(swap)
-        return await done
+        return await self._post(swap, done)
 
     async def drained(self, poll_s: float = 0.02) -> None:
         """Wait until nothing is alive or waiting in the engine."""
-        while self._num_waiting:
+        while self._num_requests:
             self._raise_if_dead()
             await asyncio.sleep(poll_s)
 
     async def close(self) -> None:
         """End the thread; whoever still waits gets a `cancelled` completion."""
+        self._closed = True
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
-        for future in list(self._pending):
-            future.cancel()
+        self._answer_all(ModelError("the engine is closed."))
 
     async def _submit(self, request: SampleRequest, on_token: Callable[[int], None] | None) -> Completion:
         request.check()
         self._batcher.check(request)
-        if self._num_waiting >= MAX_WAITING:
-            raise CapacityError(f"{MAX_WAITING} requests are waiting already.", "Ask again later.")
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[Completion] = loop.create_future()
+        if self._num_requests >= MAX_REQUESTS:
+            raise CapacityError(f"the engine has {MAX_REQUESTS} requests already.", "Ask again later.")
+        done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        sequence = batching.Sequence(request, lambda completion: _answer(done, completion), on_token)
+        self._num_requests += 1
+        try:
+            return await self._post(lambda: self._batcher.waiting.append(sequence), done)
+        finally:
+            self._num_requests -= 1
+            if done.cancelled():
+                sequence.cancelled = True
+                self._inbox.put(lambda: None)  # an idle engine has to look to see it
 
-        def on_done(completion: Completion) -> None:
-            loop.call_soon_threadsafe(_settle, done, completion)
-
-        sequence = Sequence(request, on_done, on_token)
-        self._num_waiting += 1
+    async def _post(self, action: Callable[[], None], done: asyncio.Future[T]) -> T:
+        """Have the engine's thread do something, and wait until it has answered."""
+        self._raise_if_dead()
         self._pending.add(done)
         try:
-            self._post(lambda: self._batcher.waiting.append(sequence))
+            self._inbox.put(action)
             return await done
         finally:
-            self._num_waiting -= 1
             self._pending.discard(done)
-            sequence.cancelled = True
-
-    def _post(self, action: Callable[[], None]) -> None:
-        self._raise_if_dead()
-        self._inbox.put(action)
 
     def _raise_if_dead(self) -> None:
         if self._failure is not None:
             raise ModelError(f"the engine has stopped: {self._failure!r}.", "Restart it.") from self._failure
-        if not self._thread.is_alive():
+        if self._closed:
             raise ModelError("the engine is closed.")
 
-    def _run(self) -> None:
+    def _answer_all(self, result: object) -> None:
+        for future in list(self._pending):
+            _answer(future, result)
+
+    def _run(self, threads: int) -> None:
         """The engine's thread: take what came in, do a step, repeat; sleep in the inbox when idle."""
+        torch.set_num_threads(threads)
         try:
             working = False
             while True:
@@ -234,6 +245,7 @@ class LocalEngine:
                     except queue.Empty:
                         break
                     if action is None:
+                        self._batcher.cancel_all()
                         return
                     action()
                     working = True
@@ -242,18 +254,30 @@ class LocalEngine:
                 self._busy_s += time.monotonic() - started
         except BaseException as error:  # survives to be told to every caller, then ends the thread
             self._failure = error
-            for future in list(self._pending):
-                future.get_loop().call_soon_threadsafe(_settle, future, ModelError(f"the engine failed: {error!r}."))
+            self._answer_all(ModelError(f"the engine failed: {error!r}."))
             raise
 
 
-def _settle(future: asyncio.Future[object], result: object) -> None:
+def _answer(future: asyncio.Future[Any], result: object) -> None:
+    """Settle a future of another thread's loop."""
+    with suppress(RuntimeError):  # that loop is closed, and with it went whoever waited
+        future.get_loop().call_soon_threadsafe(_settle, future, result)
+
+
+def _settle(future: asyncio.Future[Any], result: object) -> None:
     if future.done():
         return
     if isinstance(result, BaseException):
         future.set_exception(result)
     else:
         future.set_result(result)
+
+
+def _undecided(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end may still change: an unfinished character, or the beginning of a stop string."""
+    broken = len(text) - len(text.rstrip("\ufffd"))
+    begun = (n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
+    return max(broken, max(begun, default=0))
 
 
 def pick_device(name: str) -> torch.device:
@@ -265,5 +289,5 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f"device '{name}' was asked for, but torch sees no CUDA device.", "Use device = \"cpu\".")
+        raise ModelError(f"device '{name}' was asked for, but torch sees no CUDA device.", 'Use device = "cpu".')
     return torch.device(name)

@@ -1,10 +1,12 @@
 """Draw one token a row from logits, and say with which log-probability it was drawn.
 
-Invariant: a reported log-probability is that of the distribution the token was really drawn from: tempered, and
-truncated where top-k or top-p ask for it. (Greedy rows report the untempered one; nobody may train on those.)
+Invariants: a reported log-probability is that of the distribution the token was really drawn from: tempered, and
+truncated where top-k or top-p ask for it (greedy rows report the untempered one; nobody may train on those). A token
+of logit −∞ is never drawn. A row's draw depends on its own logits and its own uniform number alone: a seeded request
+gives the same tokens whatever else is in the batch, up to near-ties in the logits.
 
-A row's draw depends on its own logits and its own uniform number alone, by inversion of the cumulative
-distribution: a seeded request gives the same tokens whatever else is in the batch, up to near-ties in the logits.
+A draw inverts the cumulative distribution in two levels: first the block of the vocabulary, then the token in it. So
+the exponential is the only full pass besides the maximum, and the sums that decide are short and in fp64.
 
 Shapes: B rows, V vocabulary.
 """
@@ -14,41 +16,75 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.protocol.sampling import SamplingParams
+
+BLOCK = 256
+"""Tokens a block of the first level holds: near the square root of a vocabulary."""
+
+LOWEST_TEMPERATURE = 1e-30
+"""Lower ones are taken for this one, which fp32 can still divide by."""
+
+PIECE_ELEMENTS = 1 << 19
+"""Logits handled at once: a few megabytes stay in the processor's cache and in memory that is already mapped."""
 
 
 @torch.inference_mode()
 def sample(
     logits_BV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
 ) -> tuple[list[int], list[float]]:
-    """Token ids and their log-probabilities (nats), one a row.
+    """Token ids and their log-probabilities (nats), one a row; a row whose logits aren't numbers reports NaN.
 
     Args:
-        logits_BV: fp32.
+        logits_BV: any floating type; computed with in fp32.
         uniforms: one number in [0, 1) a row; unused for greedy rows.
     """
-    temperatures = [p.temperature or 1.0 for p in params]
+    rows = max(1, PIECE_ELEMENTS // logits_BV.shape[-1]) if logits_BV.device.type == "cpu" else len(params)
+    ids: list[int] = []
+    logprobs: list[float] = []
+    for start in range(0, len(params), rows):
+        piece = slice(start, start + rows)
+        found_ids, found_logprobs = _sample(logits_BV[piece], params[piece], uniforms[piece])
+        ids += found_ids.tolist()
+        logprobs += found_logprobs.tolist()
+    return ids, logprobs
+
+
+def _sample(logits_BV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
+    x_BV = logits_BV.to(torch.float32, copy=True)
+    # Relative to the maximum, so that no temperature, however low, overflows.
+    x_BV -= x_BV.amax(dim=-1, keepdim=True)
+    temperatures = [max(p.temperature, LOWEST_TEMPERATURE) if p.temperature else 1.0 for p in params]
     if any(t != 1.0 for t in temperatures):
-        logits_BV = logits_BV / torch.tensor(temperatures, device=logits_BV.device)[:, None]
+        x_BV /= torch.tensor(temperatures, device=x_BV.device)[:, None]
     for row, p in enumerate(params):
         if p.temperature > 0 and not p.is_exact:
-            logits_BV[row] = truncate(logits_BV[row], p.top_k, p.top_p)
-    log_total_B = torch.logsumexp(logits_BV, dim=-1)
-    greedy = [p.temperature == 0 for p in params]
-    if all(greedy):
-        ids_B = logits_BV.argmax(dim=-1)
-    else:
-        mass_BV = torch.cumsum(torch.exp(logits_BV - log_total_B[:, None]), dim=-1)
-        targets_B = torch.tensor(uniforms, dtype=torch.float32, device=logits_BV.device) * mass_BV[:, -1]
-        # right=True: the first index whose mass exceeds the target, so a token of probability 0 is never drawn.
-        ids_B = torch.searchsorted(mass_BV, targets_B[:, None], right=True)[:, 0]
-        ids_B = ids_B.clamp_(max=logits_BV.shape[-1] - 1)
-        if any(greedy):
-            ids_B = torch.where(torch.tensor(greedy, device=ids_B.device), logits_BV.argmax(dim=-1), ids_B)
-    logprobs_B = logits_BV.gather(1, ids_B[:, None])[:, 0] - log_total_B
-    return ids_B.tolist(), logprobs_B.clamp_(max=0.0).tolist()
+            x_BV[row] = truncate(x_BV[row], p.top_k, p.top_p)
+    ids_B, total_B = _invert(x_BV.exp(), torch.tensor(uniforms, dtype=torch.float64, device=x_BV.device))
+    greedy = [row for row, p in enumerate(params) if p.temperature == 0]
+    if greedy:
+        ids_B[greedy] = x_BV[greedy].argmax(dim=-1)
+    logprobs_B = x_BV.gather(1, ids_B[:, None])[:, 0] - total_B.log()
+    return ids_B, logprobs_B.clamp_(max=0.0)
+
+
+def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The token at which the cumulative weight passes u × total, and the total (fp64), for each row."""
+    batch, vocabulary = weights_BV.shape
+    blocks = F.pad(weights_BV, (0, -vocabulary % BLOCK)).view(batch, -1, BLOCK)
+    mass = blocks.sum(dim=-1).double().cumsum(dim=-1)
+    total = mass[:, -1:]
+    # right=True finds the first entry above the target, whose own weight is therefore positive; that there is one is
+    # sure where the target is below the last entry, which rounding alone would not see to.
+    target = torch.minimum(uniforms_B[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    block = torch.searchsorted(mass, target, right=True).clamp_(max=blocks.shape[1] - 1)
+    before = torch.where(block > 0, mass.gather(1, (block - 1).clamp_(min=0)), 0.0)
+    inner = blocks[torch.arange(batch, device=block.device), block[:, 0]].double().cumsum(dim=-1)
+    rest = torch.minimum(target - before, inner[:, -1:].nextafter(torch.zeros_like(total)))
+    ids = block * BLOCK + torch.searchsorted(inner, rest, right=True)
+    return ids[:, 0].clamp_(max=vocabulary - 1), total[:, 0]
 
 
 def truncate(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -1,12 +1,14 @@
 """Text to token ids once, token ids to text whenever people want to read: chat template, continuation, stop strings.
 
-Invariant: an agent's own tokens are never re-encoded. A conversation's first prompt is rendered by the chat template;
+Invariants: an agent's own tokens are never re-encoded: a conversation's first prompt is rendered by the chat template;
 what follows an act is only the template's *continuation* (end of the assistant's turn, the new observation, the next
-assistant header), appended to the token ids that were really sampled.
+assistant header), appended to the token ids that were really sampled. And text stays text: a control token's name that
+somebody writes in a message is encoded letter by letter; only the template's own control tokens are tokens.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,14 @@ from typing import Any
 from shoal.errors import ModelError
 from shoal.protocol.chat import Message
 
-_MARK = "\u241eACT\u241e"
+_ACT = "\u241eACT\u241e"
 """Stands where the assistant's own tokens go when the template's continuation is cut out."""
+
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What `transformers` raises for files that are missing or not what they should be."""
+
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)
+"""Code points without a meaning, one of which stands for each control token's name while a template is rendered."""
 
 
 class Tokenizer:
@@ -23,42 +31,58 @@ class Tokenizer:
 
     Args:
         directory: holds `tokenizer.json` and its configuration.
+
+    Raises:
+        ModelError: it holds no usable tokenizer or configuration.
     """
 
     def __init__(self, directory: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+        place: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            self._inner: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"no usable tokenizer in {directory}: {error}.", "The checkpoint is incomplete.") from None
+            self._inner: Any = AutoTokenizer.from_pretrained(str(directory), **place)
+            config = AutoConfig.from_pretrained(str(directory), **place)
+            ends = _as_set(getattr(config, "eos_token_id", None)) | _as_set(self._inner.eos_token_id)
+            if (directory / "generation_config.json").exists():
+                ends |= _as_set(GenerationConfig.from_pretrained(str(directory), local_files_only=True).eos_token_id)
+        except Exception as error:
+            # For a damaged file `tokenizers` raises Exception itself, which nothing narrower would catch.
+            if type(error) is not Exception and not isinstance(error, _DAMAGED):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ModelError(
+                f"no usable tokenizer in {directory}: {reason}.", "The checkpoint is incomplete or damaged."
+            ) from None
         self.hf = self._inner
-        config = AutoConfig.from_pretrained(str(directory), local_files_only=True)
-        ends: set[int] = set()
-        if (directory / "generation_config.json").exists():
-            generation = GenerationConfig.from_pretrained(str(directory), local_files_only=True)
-            ends |= _as_set(generation.eos_token_id)
-        ends |= _as_set(getattr(config, "eos_token_id", None)) | _as_set(self._inner.eos_token_id)
         self.end_ids = frozenset(ends)
+        added = self._inner.added_tokens_decoder.items()
+        self._control = {token.content: index for index, token in added if token.special or index in ends}
+        names = sorted(self._control, key=len, reverse=True)
+        self._control_pattern = re.compile("|".join(map(re.escape, names)) or r"(?!)")
 
     @property
     def vocab_size(self) -> int:
         return len(self._inner)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text; special tokens written in it are not interpreted."""
+        """Token ids of plain text; control tokens written in it are not interpreted."""
         return list(self._inner.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens."""
-        return str(self._inner.decode(list(ids), skip_special_tokens=True))
+        """Text without control tokens."""
+        return str(self._inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation up to where the assistant speaks next."""
+        """Token ids of a conversation up to where the assistant speaks next.
+
+        Raises:
+            ModelError: the model's chat template refuses this order of roles.
+        """
         if not self._inner.chat_template:
-            return self.encode("\n\n".join(m.content for m in messages) + "\n\n")
-        text = self._render([{"role": m.role, "content": m.content} for m in messages])
-        return self._encode_template(text)
+            start = [i for i in self._inner.encode("") if i == self._inner.bos_token_id]
+            return start + self.encode("\n\n".join(m.content for m in messages) + "\n\n")
+        return self._render([{"role": m.role, "content": m.content} for m in messages])
 
     def continuation(self, previous_ids: Sequence[int], observation: str) -> list[int]:
         """Token ids between an act and the next one.
@@ -69,23 +93,15 @@ class Tokenizer:
         """
         if not self._inner.chat_template:
             return self.encode(f"\n\n{observation}\n\n")
-        text = self._render(
-            [
-                {"role": "user", "content": "."},
-                {"role": "assistant", "content": _MARK},
-                {"role": "user", "content": observation},
-            ]
-        )
-        ids = self._encode_template(text.split(_MARK, 1)[1])
+        conversation = [
+            {"role": "user", "content": "."},
+            {"role": "assistant", "content": _ACT},
+            {"role": "user", "content": observation},
+        ]
+        ids = self._render(conversation, after=_ACT)
         if previous_ids and ids and previous_ids[-1] in self.end_ids and ids[0] in self.end_ids:
             ids = ids[1:]
         return ids
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        return str(self._inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def _encode_template(self, text: str) -> list[int]:
-        return list(self._inner.encode(text, add_special_tokens=False))
 
     def ends_with_stop(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
         """Whether one of the stop strings is completed by the newest token."""
@@ -99,6 +115,37 @@ class Tokenizer:
         text = self.decode(ids)
         cut = min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))
         return text[:cut]
+
+    def _render(self, conversation: list[dict[str, str]], after: str = "") -> list[int]:
+        """Token ids of what the chat template makes of a conversation, from behind the text `after` on."""
+        from jinja2 import TemplateError
+
+        contents = "".join(m["content"] for m in conversation)
+        written = {name for name in self._control if name in contents}
+        free = (chr(code) for code in _PRIVATE_USE if chr(code) not in contents)
+        stand_in = dict(zip(sorted(written), free, strict=False))
+        safe = [
+            {**m, "content": self._control_pattern.sub(lambda f: stand_in[f[0]], m["content"])} for m in conversation
+        ]
+        try:
+            text = str(self._inner.apply_chat_template(safe, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise ModelError(f"the model's chat template refuses this conversation: {error}.") from None
+        text = text.split(after, 1)[1] if after else text
+        if not written:
+            return list(self._inner.encode(text, add_special_tokens=False))
+        # Whatever control token is in the text now is the template's own; between them there is nothing but text.
+        ids: list[int] = []
+        at = 0
+        for found in [*self._control_pattern.finditer(text), None]:
+            plain = text[at : found.start() if found else len(text)]
+            for name, mark in stand_in.items():
+                plain = plain.replace(mark, name)
+            ids += self.encode(plain) if plain else []
+            if found:
+                ids.append(self._control[found[0]])
+                at = found.end()
+        return ids
 
 
 def _as_set(ids: int | list[int] | None) -> set[int]:

@@ -47,6 +47,6 @@ def to_views(tensors: Mapping[str, Tensor]) -> dict[str, TensorView]:
     found = {}
     for name, tensor in tensors.items():
         flat = tensor.detach().cpu().contiguous()
-        data = memoryview(flat.reshape(-1).view(torch.uint8).numpy()) if flat.numel() else b""
+        data = memoryview(flat.reshape(-1).view(torch.uint8).numpy().data) if flat.numel() else b""
         found[name] = view_of(_NAMES[flat.dtype], tuple(flat.shape), data)
     return found

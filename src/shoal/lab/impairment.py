@@ -40,10 +40,7 @@ class Shaper:
         self._bytes_per_s = 0.0 if self.rate_mbps is None else self.rate_mbps * BYTES_PER_MEGABIT
 
     def offer(self, size: int, now_s: float) -> float | None:
-        """When the last bit of a packet that comes now has left the link; `None`: the queue is full, it is dropped.
-
-        `now_s` must not decrease from call to call.
-        """
+        """When the last bit of a packet that comes now has left the link; `None`: the queue is full, it is dropped."""
         rate = self._bytes_per_s
         if rate == 0.0:
             self.packets += 1
@@ -65,9 +62,10 @@ class Shaper:
         self._free_at_s = start_s = start_s + size / rate
         return start_s
 
-    def backlog_s(self, now_s: float) -> float:
-        """How long the link still needs for what it has accepted."""
-        return max(0.0, self._free_at_s - now_s)
+    def has_room(self, size: int, now_s: float) -> bool:
+        """Whether `offer` would take the packet."""
+        queued = int(max(0.0, self._free_at_s - now_s) * self._bytes_per_s) + size
+        return self._bytes_per_s == 0.0 or queued <= self.queue_bytes
 
 
 @dataclass(slots=True)

@@ -97,8 +97,6 @@ class Nat:
         session = self._out.get(key)
         if session is None or now_s - session.last_s > IDLE_S[protocol]:
             session = self._open(protocol, source_port, remote, now_s)
-            if session is None:
-                return None
         session.last_s = now_s
         return _rewrite(packet, 12, self.public, port_at, session.private_port, session.public_port)
 
@@ -128,25 +126,23 @@ class Nat:
         self.refused_packets += 1
         return None
 
-    def _open(self, protocol: int, private_port: bytes, remote: bytes, now_s: float) -> Session | None:
+    def _open(self, protocol: int, private_port: bytes, remote: bytes, now_s: float) -> Session:
         tag = bytes((protocol,))
-        self._close(tag, self._out.get(tag + private_port + remote))
+        if (expired := self._out.get(tag + private_port + remote)) is not None:
+            self._close(expired)
         if len(self._out) >= MAX_SESSIONS:
-            self._close(None, min(self._out.values(), key=lambda session: session.last_s))
+            self._close(min(self._out.values(), key=lambda session: session.last_s))
         public_port = self._port(protocol, private_port, now_s)
-        if public_port is None:
-            return None
         session = Session(protocol, private_port, public_port, remote, now_s)
         self._out[tag + private_port + remote] = self._in[tag + public_port + remote] = session
         return session
 
-    def _close(self, tag: bytes | None, session: Session | None) -> None:
-        if session is not None:
-            tag = bytes((session.protocol,))
-            del self._out[tag + session.private_port + session.remote]
-            del self._in[tag + session.public_port + session.remote]
+    def _close(self, session: Session) -> None:
+        tag = bytes((session.protocol,))
+        del self._out[tag + session.private_port + session.remote]
+        del self._in[tag + session.public_port + session.remote]
 
-    def _port(self, protocol: int, private_port: bytes, now_s: float) -> bytes | None:
+    def _port(self, protocol: int, private_port: bytes, now_s: float) -> bytes:
         """A public port: the private port's own one, else the same number, else a free random one."""
         same = [session for session in self._out.values() if session.protocol == protocol]
         if self.kind == "cone":
@@ -156,8 +152,10 @@ class Nat:
         taken = {session.public_port for session in same}
         if self.kind == "cone" and private_port not in taken:
             return private_port
-        free = [port for port in range(FIRST_DYNAMIC_PORT, 65536) if port.to_bytes(2) not in taken]
-        return self.random.choice(free).to_bytes(2) if free else None
+        while True:  # at most a quarter of these ports is taken: MAX_SESSIONS of them
+            port = self.random.randrange(FIRST_DYNAMIC_PORT, 65536).to_bytes(2)
+            if port not in taken:
+                return port
 
 
 def _later_fragment(packet: bytes) -> bool:

@@ -34,6 +34,9 @@ MAX_NODES = 250
 MIN_MTU, MAX_MTU = 576, 9000
 """Bytes: what every IPv4 host must take, and a jumbo frame."""
 
+MIN_TICK_MS, MAX_TICK_MS = 0.05, 5.0
+"""Below it a tick costs more than it brings; above it delays are coarse."""
+
 DEFAULT_QUEUE_S = 0.1
 """A queue whose size is not given holds this long a burst at its link's rate."""
 
@@ -113,7 +116,9 @@ class Path(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
         _check_impairments(f"the path from {self.source} to {self.target}", self)
 
 
-class Partition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="action", tag="partition"):
+class Partition(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="action", tag="partition"
+):
     """Nodes of different groups no longer reach each other; nodes in no group keep reaching everybody."""
 
     groups: tuple[tuple[str, ...], ...]
@@ -153,6 +158,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         seed: the same seed treats the n-th packet of a path the same way.
         mtu: bytes of the largest IP packet.
         reorder_hold_ms: how long a reordered packet is held back.
+        tick_ms: how finely a busy packet lab keeps time; a longer tick costs less processor time.
     """
 
     nodes: tuple[Node, ...]
@@ -161,6 +167,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     seed: int = 0
     mtu: int = 1500
     reorder_hold_ms: float = 5.0
+    tick_ms: float = 0.5
 
     def __post_init__(self) -> None:
         names = [node.name for node in self.nodes]
@@ -172,6 +179,8 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
             raise ConfigError(f"mtu is {self.mtu}.", f"Give {MIN_MTU} to {MAX_MTU} bytes.")
         if not (math.isfinite(self.reorder_hold_ms) and self.reorder_hold_ms >= 0):
             raise ConfigError(f"reorder_hold_ms is {self.reorder_hold_ms}.", "Give a time of 0 or more.")
+        if not MIN_TICK_MS <= self.tick_ms <= MAX_TICK_MS:
+            raise ConfigError(f"tick_ms is {self.tick_ms}.", f"Give {MIN_TICK_MS} to {MAX_TICK_MS} ms.")
         for node in self.nodes:
             if node.queue_bytes is not None and node.queue_bytes < self.mtu:
                 problem = f"queue_bytes of node {node.name} is {node.queue_bytes}, less than one packet."

@@ -104,6 +104,12 @@ def trajectory(episode: Episode, advantage: float, *, mask_truncated: bool = Fal
     )
 
 
+def fits(episode: Episode, vocab_size: int, context_tokens: int) -> bool:
+    """Whether the model could have read and drawn these tokens at all; an episode comes from another machine."""
+    parts = [ids for turn in episode.turns for ids in (turn.context_ids, turn.completion.token_ids)]
+    return sum(map(len, parts)) <= context_tokens and all(max(ids, default=0) < vocab_size for ids in parts)
+
+
 def assemble(
     episodes: Sequence[Episode], settings: Advantage, *, skip: bool = True, mask_truncated: bool = False
 ) -> tuple[list[Trajectory], StepSummary]:

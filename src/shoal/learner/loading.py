@@ -5,6 +5,8 @@ Invariant: nothing is fetched and nothing in the directory is executed; whatever
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -33,6 +35,18 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Inside, `transformers` draws none: the terminal belongs to the run's own view."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_policy(directory: Path, dtype: Literal["bf16", "fp32"], device: str = "auto") -> PreTrainedModel:
     """The causal language model in `directory` (Hugging Face layout, safetensors), prepared for training.
 
@@ -40,17 +54,17 @@ def load_policy(directory: Path, dtype: Literal["bf16", "fp32"], device: str = "
         ModelError: it is missing, damaged, or of a type that can't be trained.
     """
     where = resolve_device(device)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(directory), dtype=DTYPES[dtype], local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        with no_progress_bars():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                str(directory),
+                dtype=DTYPES[dtype],
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"the model in {directory} can't be loaded: {reason}", "Check the directory.") from None
-    finally:
-        if bars:
-            logging.enable_progress_bar()
     prepare(model)
     return model.to(where)

@@ -71,7 +71,7 @@ class LearnerProcess:
         self._publisher = Publisher(fabric, self._store)
         self._oldest_needed: int | None = None
         self._checkpoint_s = 0.0
-        """What the checkpoint of the step before took, if there was one."""
+        """What the last checkpoint took: part of the next step's time."""
         self._trainer: Trainer | None = None
         self._tokenizer: Tokenizer | None = None
 
@@ -109,6 +109,11 @@ class LearnerProcess:
                 return reply
 
     async def _finish_step(self, metrics: StepMetrics, wait_s: float) -> None:
+        """Publish, report, announce, checkpoint: in this order.
+
+        The coordinator hears of a version before workers do, so that it knows whatever their tokens claim; and a
+        checkpoint, which takes seconds, delays neither.
+        """
         trainer, settings, loop = self._trainer, self._config.learner, asyncio.get_running_loop()
         assert trainer is not None
         version = trainer.version
@@ -116,13 +121,13 @@ class LearnerProcess:
         started = loop.time()
         published = await self._publish() if last or version % settings.publish_every == 0 else None
         publish_s = loop.time() - started
-        busy_s = metrics["train_s"] + publish_s
+        total_s = wait_s + metrics["train_s"] + publish_s + self._checkpoint_s
         timing = {
             "wait_s": wait_s,
             "publish_s": publish_s,
             "checkpoint_s": self._checkpoint_s,
-            "utilisation": metrics["train_s"] / max(wait_s + busy_s, 1e-9),
-            "tokens_per_s": metrics["tokens"] / max(wait_s + busy_s, 1e-9),
+            "utilisation": metrics["train_s"] / max(total_s, 1e-9),
+            "tokens_per_s": metrics["tokens"] / max(total_s, 1e-9),
         }
         await self._report(version, {**metrics, **timing}, published=published)
         started = loop.time()
@@ -131,7 +136,7 @@ class LearnerProcess:
         self._checkpoint_s = loop.time() - started
 
     async def _save(self) -> None:
-        """Keep the present version; at the end the model, too."""
+        """Keep the present version, and at the end the model; the run is not over before this is reported."""
         trainer = self._trainer
         assert trainer is not None
         checkpoints, keep = self._directory / "checkpoints", self._config.learner.keep_checkpoints

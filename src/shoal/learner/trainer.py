@@ -26,9 +26,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal.config.learner import GspoLoss, Learner
 from shoal.errors import ConfigError, RecordError, StorageError
-from shoal.learner.batch import StepSummary, assemble
+from shoal.learner.batch import StepSummary, assemble, fits
 from shoal.learner.checkpoint import Checkpoint
 from shoal.learner.forward import prepare, response_logprobs
+from shoal.learner.loading import no_progress_bars
 from shoal.learner.lora import adapters_off, add_adapters, merged_tensors
 from shoal.learner.losses.common import LossOutput, RatioStats, TokenInputs
 from shoal.learner.losses.grpo import grpo_loss
@@ -48,6 +49,8 @@ class StepBatch:
     micro_batches: tuple[MicroBatch, ...]
     denominators: Denominators
     summary: StepSummary
+    num_refused: int
+    """Episodes that this model can't have made: a token outside its vocabulary, or more than its context holds."""
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,13 @@ class Trainer:
 
     def batch(self, episodes: Sequence[Episode]) -> StepBatch:
         """Advantages, trajectories and micro-batches of one step."""
+        config = self.model.config
+        usable = [e for e in episodes if fits(e, config.vocab_size, config.max_position_embeddings)]
         # A KL penalty has a gradient in groups without advantage too, so then they are computed.
-        kept, summary = assemble(episodes, self.settings.advantage, skip=self.settings.loss.kl_beta == 0)
+        kept, summary = assemble(usable, self.settings.advantage, skip=self.settings.loss.kl_beta == 0)
         denominators = Denominators(summary.num_episodes, summary.num_tokens, self._max_response_tokens)
-        return StepBatch(tuple(pack(kept, self.settings.microbatch_tokens)), denominators, summary)
+        rows = tuple(pack(kept, self.settings.microbatch_tokens))
+        return StepBatch(rows, denominators, summary, len(episodes) - len(usable))
 
     def forward_backward(self, batch: StepBatch) -> PassResult:
         """Add the gradients of the step's loss to the optimizer's; stops at the first loss that is not finite."""
@@ -199,6 +205,7 @@ class Trainer:
             "packed_tokens": float(sum(len(micro.input_ids) for micro in batch.micro_batches)),
             "groups": float(summary.num_groups),
             "groups_skipped": float(summary.num_groups_skipped),
+            "episodes_refused": float(batch.num_refused),
             "staleness_mean": sum(staleness) / len(staleness),
             "staleness_max": float(max(staleness)),
             "applied": float(outcome.applied),
@@ -243,12 +250,17 @@ class Trainer:
 
     def save_pretrained(self, directory: Path, tokenizer: Any = None) -> None:
         """Write the policy, adapters merged, in Hugging Face format, and its tokenizer if given."""
-        config = copy.deepcopy(self.model.config)
-        plain = AutoModelForCausalLM.from_config(config, dtype=self.model.dtype, attn_implementation="sdpa")
-        plain.load_state_dict({name: value.cpu() for name, value in self.tensors().items()}, strict=False)
+        # A second, empty body takes the tensors as they are: nothing is initialised, and no random number is drawn.
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(
+                copy.deepcopy(self.model.config), dtype=self.model.dtype, attn_implementation="sdpa"
+            )
+        own = {name: value.cpu() for name, value in self.tensors().items()}
+        plain.load_state_dict(own, strict=False, assign=True)
         plain.tie_weights()
         if self.model.generation_config is not None:
             plain.generation_config = copy.deepcopy(self.model.generation_config)
-        plain.save_pretrained(directory)
+        with no_progress_bars():
+            plain.save_pretrained(directory)
         if tokenizer is not None:
             tokenizer.save_pretrained(directory)

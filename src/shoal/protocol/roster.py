@@ -24,6 +24,7 @@ from shoal.protocol.codec import Record
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 MARK_BYTES = 16
+SHORT_MARK_BYTES = 8
 SERIAL_BYTES = 16
 MIN_SECRET_BYTES = 16
 
@@ -42,6 +43,7 @@ MAX_DELAY_S = 60.0
 MAX_SKILLS_CHARS = 4096
 MAX_REVOCATIONS = 2048
 MAX_DIGEST = 8192
+MAX_WINDOW = 16
 MAX_BUNDLE = 1024
 """Announcements in one bundle; who lacks more asks again."""
 
@@ -215,23 +217,31 @@ class Bundle(Record, frozen=True):
     def check(self) -> None:
         if max(len(self.records), len(self.grants), len(self.evidence)) > MAX_BUNDLE:
             raise RecordError(f"a bundle holds more than {MAX_BUNDLE} records of a kind.")
-        for part in (*self.records, *self.grants, *self.evidence):
-            part.check()
+        for signed in (*self.records, *self.grants):
+            signed.check()
+        for proof in self.evidence:
+            proof.check()
         if self.revocations is not None:
             self.revocations.check()
 
 
 class DigestEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a node knows of one key: the newest sequence number and which record it was, or that it equivocated."""
+    """What a node knows of one key."""
 
     key: bytes
-    sequence: int
-    mark: bytes
-    """First bytes of BLAKE3 of the newest record; empty for an equivocator."""
+    window: dict[int, bytes]
+    """The newest sequence numbers known, and the first bytes of BLAKE3 of each's record; empty for an equivocator."""
+
+    @property
+    def newest(self) -> int:
+        """The highest sequence number, 0 for an equivocator."""
+        return max(self.window, default=0)
 
     def check(self) -> None:
-        if len(self.key) != KEY_BYTES or len(self.mark) not in (0, MARK_BYTES) or not 0 <= self.sequence < 2**63:
-            raise RecordError("a digest has an entry with a wrong key, mark or sequence number.")
+        if len(self.key) != KEY_BYTES or len(self.window) > MAX_WINDOW:
+            raise RecordError("a digest has an entry with a wrong key, or with too many records.")
+        if any(not 1 <= n <= MAX_SEQUENCE or len(mark) != SHORT_MARK_BYTES for n, mark in self.window.items()):
+            raise RecordError("a digest has an entry with a wrong sequence number or mark.")
 
 
 class Digest(Record, frozen=True):
@@ -251,7 +261,7 @@ class Digest(Record, frozen=True):
 
 
 class SyncRequest(Record, frozen=True):
-    """Compare notes. First with the summary alone; where it differs, again with digest and what the other lacks."""
+    """Compare notes: with the summary alone, or with a digest and what the other is known to lack."""
 
     summary: bytes
     digest: Digest | None = None
@@ -266,7 +276,7 @@ class SyncRequest(Record, frozen=True):
 
 
 class SyncReply(Record, frozen=True):
-    """To a summary: the answerer's digest where it differs, else nothing. To a digest: what the asker lacks."""
+    """What the asker's digest shows that it lacks, and the answerer's digest where the summaries differ."""
 
     digest: Digest | None = None
     bundle: Bundle = Bundle()

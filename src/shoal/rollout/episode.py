@@ -1,13 +1,13 @@
 """`run_episode`: one task, one sampler, one environment, from reset to the last reward.
 
-Invariants: the token sequence is what was sampled (`protocol.episode`); a fault of the sampler or of the environment's
-machinery gives a `void` episode that says why; the environment is closed whatever happens.
+Invariants: the token sequence is what was sampled (`protocol.episode`); a fault of the sampler or of the environment
+gives a `void` episode that says why; the environment is closed whatever happens.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -18,8 +18,13 @@ from shoal.errors import ShoalError
 from shoal.protocol.episode import MAX_TURNS, Episode, Outcome, Task, Turn
 from shoal.protocol.sampling import Sampler, SampleRequest, SamplingParams
 
+log = logging.getLogger("shoal.rollout")
+
 SEED_STRIDE = 0x9E3779B97F4A7C15
 """Spreads the sampling seeds of an episode's turns (the golden ratio in 64 bits)."""
+
+
+MAX_REASON_CHARS = 1000
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,12 @@ async def run_episode(
     env: Environment,
     *,
     context_tokens: int,
-    on_tokens: Callable[[int], None] = lambda _: None,
 ) -> Episode:
     """Act until the environment is done, the context is full, or something breaks.
 
     Args:
         env: a fresh instance; closed here.
         context_tokens: the sequence, prompt and completions together, may not be longer.
-        on_tokens: told how many tokens each turn drew, for heartbeats.
     """
     started = time.time()
     turns: list[Turn] = []
@@ -78,7 +81,6 @@ async def run_episode(
             if completion.finish in ("cancelled", "error"):
                 raise ShoalError(f"sampling ended with '{completion.finish}'.")
             turns.append(Turn(context_ids=tuple(context), observation=shown, completion=completion))
-            on_tokens(len(completion.token_ids))
             step = await env.step(completion.text, truncated=completion.finish == "length")
             reward += step.reward
             parts = step.info
@@ -89,9 +91,12 @@ async def run_episode(
             shown = step.observation
     except (ShoalError, OSError, TimeoutError) as error:
         # Surviving here is the feature: infrastructure's failure is told apart from the agent's.
-        outcome, reason = "void", str(error)[:1000] or type(error).__name__
+        outcome, reason = "void", str(error)[:MAX_REASON_CHARS] or type(error).__name__
+    except Exception as error:
+        log.exception("environment '%s' failed in task %s", spec.task.env, spec.task.id)
+        outcome, reason = "void", f"{type(error).__name__} in environment '{spec.task.env}': {error}"[:MAX_REASON_CHARS]
     finally:
-        await env.close()
+        await _close(env, spec.task.env)
     return Episode(
         id=spec.id,
         group=spec.group,
@@ -107,3 +112,10 @@ async def run_episode(
         started_at=started,
         finished_at=time.time(),
     )
+
+
+async def _close(env: Environment, name: str) -> None:
+    try:
+        await env.close()
+    except Exception:
+        log.exception("environment '%s' could not be closed", name)

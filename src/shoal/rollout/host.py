@@ -117,7 +117,14 @@ async def working(
     fetcher = Fetcher(fabric, store, [reply.learner_key], local=options.local_store)
 
     async def source(version: int) -> Mapping[str, TensorView]:
-        return (await fetcher.fetch(version)).tensors
+        before = fetcher.bytes_fetched
+
+        def on_progress(_: object) -> None:
+            nonlocal before
+            worker.fetched(fetcher.bytes_fetched - before)
+            before = fetcher.bytes_fetched
+
+        return (await fetcher.fetch(version, on_progress=on_progress)).tensors
 
     worker = Worker(
         RunLink(fabric, ticket, role, name, options.device, options.threads),

@@ -6,6 +6,7 @@ errors. Keys are `run/<verb>` (`KEYS`); the coordinator serves the same names.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TypeVar
 
@@ -16,7 +17,17 @@ from shoal.fabric.join import make_join_request
 from shoal.fabric.ticket import Ticket
 from shoal.protocol.codec import Record, decode, encode
 from shoal.protocol.node import JoinReply, NodeRole
-from shoal.protocol.work import Ack, Heartbeat, HeartbeatReply, LeaseReply, LeaseRequest, Leaving, Submission, SubmissionReply, WorkSpec
+from shoal.protocol.work import (
+    Ack,
+    Heartbeat,
+    HeartbeatReply,
+    LeaseReply,
+    LeaseRequest,
+    Leaving,
+    Submission,
+    SubmissionReply,
+    WorkSpec,
+)
 
 DEADLINE_S = 20.0
 """The longest a small request may take, coordinator busy or not."""
@@ -36,9 +47,7 @@ async def join(fabric: Fabric, ticket: Ticket, role: NodeRole, name: str, *, dev
         JoinRefused: with the coordinator's reason.
         NetworkError: no answer.
     """
-    request = make_join_request(
-        fabric.identity, ticket, role, name, now=time.time(), device=device, threads=threads
-    )
+    request = make_join_request(fabric.identity, ticket, role, name, now=time.time(), device=device, threads=threads)
     data = await fabric.request("run/join", encode(request), DEADLINE_S, to=ticket.coordinator_key)
     reply = decode(data, JoinReply)
     if not reply.accepted:
@@ -55,22 +64,35 @@ class RunLink:
         self._fabric = fabric
         self._ticket = ticket
         self._introduction = (role, name, device, threads)
+        self._joining = asyncio.Lock()
+        self._num_joins = 0
         self.node_id = fabric.identity.node_id
 
     async def call(self, verb: str, message: Record, reply: type[R], deadline_s: float = DEADLINE_S) -> R:
         """One request; raises NetworkError, or the typed refusal."""
+        num_joins = self._num_joins
         try:
             return await self._ask(verb, message, reply, deadline_s)
         except RemoteError as error:
             if error.kind != "stranger":
                 raise
-        # A coordinator that was restarted does not know its nodes any more: introduce ourselves again.
-        role, name, device, threads = self._introduction
-        await join(self._fabric, self._ticket, role, name, device=device, threads=threads)
+        # A coordinator that was restarted does not know its nodes any more: introduce ourselves again, but once,
+        # because whoever joins is taken for newly started and loses what it holds.
+        async with self._joining:
+            if self._num_joins == num_joins:
+                role, name, device, threads = self._introduction
+                await join(self._fabric, self._ticket, role, name, device=device, threads=threads)
+                self._num_joins += 1
         return await self._ask(verb, message, reply, deadline_s)
 
     async def _ask(self, verb: str, message: Record, reply: type[R], deadline_s: float) -> R:
-        data = await self._fabric.request(f"run/{verb}", encode(message), deadline_s, to=self._ticket.coordinator_key, max_reply_bytes=MAX_ANSWER_BYTES)
+        data = await self._fabric.request(
+            f"run/{verb}",
+            encode(message),
+            deadline_s,
+            to=self._ticket.coordinator_key,
+            max_reply_bytes=MAX_ANSWER_BYTES,
+        )
         return decode(data, reply, max_bytes=MAX_ANSWER_BYTES)
 
     async def lease(self, version: int, free_slots: int) -> LeaseReply:

@@ -1,19 +1,21 @@
 """The policy that a worker holds: which version is in the engine, who relies on it, when it may change.
 
 Newer snapshots are fetched and verified while the engine samples (*staged*) and swapped in between two decode steps.
-A lease that asks for an exact version (pull mode, evaluation) pins it: nothing is swapped until its pins are gone, and
-going back to an older version waits until nobody acts at all.
+A lease that asks for an exact version (pull mode, evaluation) pins it: nothing is swapped until its pins are gone.
+Going back to an older version, which only such a lease may ask for, waits until nobody acts at all.
 
 Invariants: a lease acts under no version older than it asks for, and under exactly the asked one where it says so;
-only tensors that `Source` has verified reach the engine.
+only tensors that `Source` has verified reach the engine. Whether a swap is allowed is decided when the tensors are
+here, because what was true before the fetch may not be true after it; and nobody begins to act during a swap.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 
+from shoal.broadcast.fetch import SnapshotGone
 from shoal.broadcast.tensors import TensorView
 from shoal.engine.local import LocalEngine
 
@@ -38,8 +40,9 @@ class Policy:
         self._engine = engine
         self._source = source
         self._on_swap = on_swap
-        self._changed = asyncio.Condition()
-        self._swapping = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._fetching = asyncio.Lock()
+        self._loading = False
         self._active = 0
         self._pinned = 0
         self.version = -1
@@ -51,53 +54,78 @@ class Policy:
         """Note that a version has been published."""
         self.newest = max(self.newest, version)
 
-    @asynccontextmanager
-    async def acting(self, version: int, *, exact: bool) -> AsyncIterator[None]:
-        """Hold the policy while a lease acts under at least (or exactly) `version`."""
+    async def reach(self, version: int, *, exact: bool) -> None:
+        """Wait until a lease may act under at least (or exactly) `version`; `acting` must follow without a wait.
+
+        Raises:
+            SnapshotGone, RecordError, NetworkError, StorageError: it cannot be fetched.
+            ModelError: the engine does not take it.
+        """
         self.heard_of(version)
-        await self._reach(version, exact=exact)
+        while not self._serves(version, exact=exact):
+            if self._loading or not self._may_become(version):
+                await self._changed.wait()
+                continue
+            async with self._fetching:
+                if self._serves(version, exact=exact):
+                    continue
+                wanted = version if exact else max(version, self.newest)
+                try:
+                    await self._swap(wanted)
+                except SnapshotGone:
+                    # Pruned while it was on its way. Unless it must be that one, a newer version does as well.
+                    if exact or self.newest <= wanted:
+                        raise
+
+    @contextmanager
+    def acting(self, *, exact: bool) -> Iterator[None]:
+        """Count the caller as acting under the present version, which it has reached."""
+        self._active += 1
+        self._pinned += exact
         try:
             yield
         finally:
-            async with self._changed:
-                self._active -= 1
-                self._pinned -= exact
-                self._changed.notify_all()
+            self._active -= 1
+            self._pinned -= exact
+            self._tell()
 
     async def follow(self) -> None:
         """Swap in the newest version heard of, if nothing pins the present one; a no-op otherwise."""
-        if self.newest > self.version and not self._pinned and not self._swapping.locked():
-            async with self._swapping:
+        async with self._fetching:
+            if self.newest > self.version and not self._pinned:
                 await self._swap(self.newest)
 
-    async def _reach(self, version: int, *, exact: bool) -> None:
-        """Returns with the version in place and the caller counted as acting."""
-        while True:
-            async with self._changed:
-                if self.version == version or (self.version > version and not exact):
-                    self._active += 1
-                    self._pinned += exact
-                    return
-                # An exact version never mixes with others at work; a newer one only has to wait for pins.
-                blocked = self._active if exact else self._pinned
-                if blocked:
-                    await self._changed.wait()
-                    continue
-            async with self._swapping:
-                if self.version < version or exact:
-                    await self._swap(version if exact else max(version, self.newest))
+    def _serves(self, version: int, *, exact: bool) -> bool:
+        return not self._loading and (self.version == version or (self.version > version and not exact))
+
+    def _may_become(self, version: int) -> bool:
+        """Whether those who act now allow a swap."""
+        return not (self._active if version < self.version else self._pinned)
 
     async def _swap(self, version: int) -> None:
+        """Fetch a version and put it in place, if that is (still) allowed; by the holder of `_fetching`."""
         if version == self.version:
             return
         loop = asyncio.get_running_loop()
         started = loop.time()
         tensors = await self._source(version)
         fetched_s = loop.time() - started
-        async with self._changed:
-            if self._pinned and version != self.version:
-                return  # somebody pinned the old version while the new one was on its way
-            pause_s = await self._engine.load_weights(version, tensors)
-            self.version = version
-            self._changed.notify_all()
-        self._on_swap(version, fetched_s, pause_s)
+        if not self._may_become(version):
+            return
+        self._loading = True
+        load = asyncio.ensure_future(self._engine.load_weights(version, tensors))
+        try:
+            await asyncio.shield(load)
+        finally:
+            # Also where the caller was cancelled: the engine swaps all the same, and this must say so.
+            await asyncio.wait([load])
+            if load.exception() is None:
+                self.version = version
+            self._loading = False
+            self._tell()
+        self._on_swap(version, fetched_s, load.result())
+
+    def _tell(self) -> None:
+        """Wake all who wait for a change."""
+        self._changed.set()
+        self._changed = asyncio.Event()

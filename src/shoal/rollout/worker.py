@@ -5,9 +5,11 @@
     follow ──▶ newer snapshots staged and swapped while sampling           whenever one is heard of
 
 Backpressure: it asks for a lease only while it has free sequence slots, and for none while one waits for an exact
-version. Invariants: each lease ends in one submission, or is dropped because the coordinator said so; when the
-coordinator is silent for `LOST_AFTER_S` the worker gives up with an error; stopping (`stop()`) finishes what runs
-within `grace_s`, then says goodbye.
+version. Invariants: each lease ends in one submission, or is dropped because the coordinator said so; a lease shows
+progress only while tokens are drawn for it or its policy arrives, so one that is stuck is lost; whatever fails on this
+side is void and says why, and an engine that has failed ends the worker with that error; when the coordinator is silent
+for `LOST_AFTER_S` the worker gives up with an error; stopping (`stop()`) finishes what runs within `grace_s`, then
+says goodbye.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from msgspec.structs import replace
 
 from shoal.engine.local import LocalEngine
 from shoal.envs.base import Environment
-from shoal.errors import NetworkError
+from shoal.errors import ModelError, NetworkError, ShoalError
 from shoal.fabric.errors import RemoteError
 from shoal.protocol.episode import Episode
+from shoal.protocol.sampling import Completion, SampleRequest
 from shoal.protocol.work import Lease, Submission, WorkSpec
 from shoal.rollout.episode import EpisodeSpec, run_episode
 from shoal.rollout.link import RunLink
@@ -41,17 +44,40 @@ LOST_AFTER_S = 120.0
 RETRY_S = 1.0
 """Between tries when the coordinator does not answer."""
 
+LARGEST_GROUP = 4096
+"""An idle worker takes a group of any size: what does not fit its slots waits in the engine."""
+
+FETCH_UNIT_BYTES = 1024
+"""Fetching this much counts as much progress as drawing a token."""
+
 RATE_WINDOW_S = 30.0
 """Tokens a second are reported over this long."""
 
 
 @dataclass
 class _Job:
-    """One lease at work."""
+    """One lease at work; it is the sampler of its own episodes, so that what is drawn for it can be told apart."""
 
     lease: Lease
-    tokens: int = 0
+    engine: LocalEngine
+    on_failure: Callable[[ModelError], None]
+    progress: int = 0
+    num_drawing: int = 0
+    """Its requests in the engine."""
+    acting: bool = False
     task: asyncio.Task[None] | None = None
+
+    async def sample(self, request: SampleRequest) -> Completion:
+        self.num_drawing += 1
+        try:
+            completion = await self.engine.sample(request)
+        except ModelError as error:
+            self.on_failure(error)
+            raise
+        finally:
+            self.num_drawing -= 1
+        self.progress += len(completion.token_ids)
+        return completion
 
 
 class Worker:
@@ -84,6 +110,9 @@ class Worker:
         self._on_event = on_event
         self._jobs: dict[str, _Job] = {}
         self._stopping = asyncio.Event()
+        self._over = asyncio.Event()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._bytes_fetched = 0
         self._news = asyncio.Event()
         self._last_answer = time.monotonic()
         self._rate: deque[tuple[float, int]] = deque(maxlen=256)
@@ -99,32 +128,49 @@ class Worker:
         self.policy.heard_of(version)
         self._news.set()
 
+    def fetched(self, num_bytes: int) -> None:
+        """Part of a snapshot has arrived."""
+        self._bytes_fetched += num_bytes
+
     async def run(self, grace_s: float = 30.0) -> None:
         """Work until the run ends or `stop` is called.
 
         Raises:
             NetworkError: the coordinator has been silent for too long.
+            ModelError: the engine has failed.
         """
         side = [asyncio.create_task(self._heartbeats()), asyncio.create_task(self._follow())]
         leasing = asyncio.create_task(self._lease_loop())
         stopping = asyncio.create_task(self._stopping.wait())
+        over = asyncio.create_task(self._over.wait())
         try:
-            done, _ = await asyncio.wait([leasing, stopping, *side], return_when=asyncio.FIRST_COMPLETED)
-            for task in done - {stopping}:
+            ends: list[asyncio.Future[Any]] = [leasing, stopping, over, self._failed, *side]
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            leasing.cancel()
+            await self._drain(grace_s, over)
+            for task in done:
                 task.result()
-            running = [job.task for job in self._jobs.values() if job.task]
-            if running:
-                await asyncio.wait(running, timeout=grace_s)
         finally:
-            tasks = [leasing, stopping, *side, *(job.task for job in self._jobs.values() if job.task)]
+            tasks = [leasing, stopping, over, *side, *(job.task for job in self._jobs.values() if job.task)]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            with contextlib.suppress(NetworkError):  # The coordinator may be gone already.
+            if self._failed.done():
+                self._failed.exception()
+            with contextlib.suppress(ShoalError):  # The coordinator may be gone already.
                 await self._link.leave()
 
+    async def _drain(self, grace_s: float, over: asyncio.Task[Any]) -> None:
+        """Let what runs end; when the run is over, nobody needs it."""
+        deadline = time.monotonic() + grace_s
+        while (left_s := deadline - time.monotonic()) > 0 and not over.done():
+            running = [job.task for job in self._jobs.values() if job.task and not job.task.done()]
+            if not running:
+                return
+            await asyncio.wait([*running, over], timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+
     async def _lease_loop(self) -> None:
-        while not self._stopping.is_set():
+        while True:
             busy = sum(len(job.lease.tasks) for job in self._jobs.values())
             waits_for_exact = any(
                 job.lease.exact_version and job.lease.min_version != self.policy.version for job in self._jobs.values()
@@ -132,37 +178,52 @@ class Worker:
             if busy >= self._max_sequences or waits_for_exact:
                 await asyncio.sleep(0.1)
                 continue
+            free_slots = self._max_sequences - busy if busy else max(self._max_sequences, LARGEST_GROUP)
             try:
-                reply = await self._link.lease(self.policy.version, self._max_sequences - busy)
+                reply = await self._link.lease(self.policy.version, free_slots)
             except NetworkError as error:
                 await self._unanswered(error)
                 continue
             self._last_answer = time.monotonic()
             if reply.ended:
+                self._over.set()
                 return
             if reply.newest_version > self.policy.newest:
                 self.published(reply.newest_version)
             if reply.lease is None:
                 await asyncio.sleep(reply.wait_s)
                 continue
-            job = _Job(reply.lease)
+            job = _Job(reply.lease, self._engine, self._fail)
             self._jobs[reply.lease.id] = job
             job.task = asyncio.create_task(self._work(job))
+            job.task.add_done_callback(self._worked)
 
     async def _work(self, job: _Job) -> None:
         """One lease from start to submission."""
         lease = job.lease
         try:
-            async with self.policy.acting(lease.min_version, exact=lease.exact_version):
+            await self.policy.reach(lease.min_version, exact=lease.exact_version)
+            with self.policy.acting(exact=lease.exact_version):
+                job.acting = True
                 episodes = await asyncio.gather(*(self._episode(job, i) for i in range(len(lease.tasks))))
-        except (NetworkError, OSError) as error:
+        except (ShoalError, OSError) as error:
             # The snapshot could not be had: nothing was acted, and the coordinator must know that it is void.
+            if isinstance(error, ModelError):
+                self._fail(error)
             reason = f"no policy version {lease.min_version}: {error}"[:1000]
             episodes = [self._void(lease, index, reason) for index in range(len(lease.tasks))]
-        try:
-            await self._submit(Submission(lease=lease.id, node_id=self._link.node_id, episodes=tuple(episodes)))
-        finally:
-            self._jobs.pop(lease.id, None)
+        await self._submit(Submission(lease=lease.id, node_id=self._link.node_id, episodes=tuple(episodes)))
+        self._jobs.pop(lease.id, None)
+
+    def _worked(self, task: asyncio.Task[None]) -> None:
+        """A job has ended: by its submission, by cancellation, or by a defect that must not go unseen."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """End the worker with this error, after what it holds has been handed in."""
+        if not self._failed.done():
+            self._failed.set_exception(error)
 
     async def _submit(self, submission: Submission) -> None:
         """Repeat until the coordinator has answered: submissions are idempotent."""
@@ -183,10 +244,6 @@ class Worker:
     async def _episode(self, job: _Job, index: int) -> Episode:
         lease = job.lease
         task = lease.tasks[index]
-
-        def on_tokens(tokens: int) -> None:
-            job.tokens += tokens
-
         spec = EpisodeSpec(
             id=f"{lease.id}/{index}",
             group=lease.group,
@@ -200,12 +257,7 @@ class Worker:
         if env is None:
             return self._void(lease, index, f"this worker has no environment '{task.env}'")
         return await run_episode(
-            spec,
-            self._engine,
-            self._engine.tokenizer,
-            env.fresh(),
-            context_tokens=self._spec.context_tokens,
-            on_tokens=on_tokens,
+            spec, job, self._engine.tokenizer, env.fresh(), context_tokens=self._spec.context_tokens
         )
 
     def _void(self, lease: Lease, index: int, reason: str) -> Episode:
@@ -225,12 +277,17 @@ class Worker:
         )
 
     async def _heartbeats(self) -> None:
+        last_drawn = last_fetched = 0
         while True:
             await asyncio.sleep(self._spec.heartbeat_s)
             # Sequences in flight make progress too, long before their turn ends: the engine's own count shows it.
-            drawn = self._engine.stats().tokens_drawn
+            drawn, fetched = self._engine.stats().tokens_drawn, self._bytes_fetched // FETCH_UNIT_BYTES
             self._rate.append((time.monotonic(), drawn))
-            progress = {lease_id: max(job.tokens, drawn) for lease_id, job in self._jobs.items()}
+            for job in self._jobs.values():
+                job.progress += (drawn - last_drawn) if job.num_drawing else 0
+                job.progress += (fetched - last_fetched) if not job.acting else 0
+            last_drawn, last_fetched = drawn, fetched
+            progress = {lease_id: job.progress for lease_id, job in self._jobs.items()}
             try:
                 reply = await self._link.heartbeat(self.policy.version, progress, self._tokens_per_s())
             except NetworkError as error:
@@ -240,11 +297,11 @@ class Worker:
             if reply.newest_version > self.policy.newest:
                 self.published(reply.newest_version)
             for lease_id in reply.gone:
-                job = self._jobs.pop(lease_id, None)
-                if job is not None and job.task is not None:
-                    job.task.cancel()
+                job_gone = self._jobs.pop(lease_id, None)
+                if job_gone is not None and job_gone.task is not None:
+                    job_gone.task.cancel()
             if reply.ended:
-                self._stopping.set()
+                self._over.set()
 
     async def _follow(self) -> None:
         while True:
@@ -252,8 +309,11 @@ class Worker:
             self._news.clear()
             try:
                 await self.policy.follow()
-            except NetworkError as error:
-                log.info("version %d could not be fetched yet: %s", self.policy.newest, error)
+            except ModelError:
+                raise
+            except (ShoalError, OSError) as error:
+                # The next lease asks for a version that it needs, and says so where it cannot be had.
+                log.warning("version %d could not be fetched yet: %s", self.policy.newest, error)
                 await asyncio.sleep(RETRY_S)
 
     async def _unanswered(self, error: NetworkError) -> None:

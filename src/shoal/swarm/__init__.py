@@ -8,6 +8,7 @@
     sealing   bytes that only one node can read                    pure
     keyfile   secrets on disk, for their owner only
     measure   delay and rates between nodes                        over the fabric
+    exchange  two nodes comparing notes                            over the fabric
     gossip    spreading records until everybody knows them         over the fabric
 
 Nobody is special for reading the roster: every node keeps it whole and any node can answer for it. One key is special
