@@ -53,12 +53,12 @@ class Broken(FirstDigit):
 
 
 class Slow(FirstDigit):
-    """An environment that takes its time over every step."""
+    """An environment that takes its time over every step, also when the coordinator plays it again."""
 
     async def step(self, action: str, *, truncated: bool = False) -> Step:
         import asyncio
 
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.1)
         return await super().step(action, truncated=truncated)
 
 

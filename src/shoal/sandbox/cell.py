@@ -215,7 +215,7 @@ class Cell:
             return
         hand_over.setblocking(False)
         # The supervisor sent them before it said that it is ready, so they are there.
-        _, fds, _, _ = socket.recv_fds(hand_over, 1, len(self.setup.relays))
+        _, fds, _, _ = socket.recv_fds(hand_over, 1, len(self.setup.relays), socket.MSG_CMSG_CLOEXEC)
         listeners = [socket.socket(fileno=fd) for fd in fds]
         if len(listeners) != len(self.setup.relays):
             for listener in listeners:
@@ -248,6 +248,7 @@ class Cell:
         begun = time.monotonic()
         limits = self.limits
         reason: Reason = "killed"
+        words = ""
         try:
             async with asyncio.timeout(limits.wall_s + GRACE_S):
                 await self._send(header, blobs)
@@ -267,12 +268,14 @@ class Cell:
             # The supervisor died with the job, or something else answered in its place: the job is to blame.
             if self._cgroup and self._cgroup.ran_out_of_memory():
                 reason = "memory"
+            words = await self._last_words()
         except BaseException:
             await self.close()
             raise
         await self.close()
         return Result(
-            exit_code=None, stdout=b"", stderr=b"", stdout_truncated=True, stderr_truncated=True, reason=reason,
+            exit_code=None, stdout=b"", stderr=words.encode(),
+            stdout_truncated=True, stderr_truncated=True, reason=reason,
             seconds=time.monotonic() - begun, cpu_s=0.0, peak_memory=0, files={}, files_truncated=bool(job.collect),
         )  # fmt: skip
 

@@ -10,7 +10,6 @@ slow reader; what was opened during a job is closed behind it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from pathlib import Path
 
@@ -53,8 +52,8 @@ class RelayPort:
             async with asyncio.TaskGroup() as both:
                 both.create_task(_pump(reader, far))
                 both.create_task(_pump(far_reader, writer))
-        except (OSError, TimeoutError):
-            pass  # To the program inside, the target is not there: its connection is reset.
+        except* (OSError, TimeoutError):
+            pass  # One side is not there, or no longer: the other's connection is reset.
         finally:
             for side in (writer, far):
                 if side is not None:
@@ -75,9 +74,8 @@ class RelayPort:
 
 
 async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        while piece := await reader.read(_PIECE_BYTES):
-            writer.write(piece)
-            await writer.drain()
-        if writer.can_write_eof():
-            writer.write_eof()
+    while piece := await reader.read(_PIECE_BYTES):
+        writer.write(piece)
+        await writer.drain()
+    if writer.can_write_eof():
+        writer.write_eof()
