@@ -148,7 +148,13 @@ class Run:
         }
 
     def journal(self) -> list[Entry]:
-        return [from_json(line, Entry) for line in (self.path / JOURNAL).read_bytes().splitlines()]
+        lines = (self.path / JOURNAL).read_bytes().splitlines(keepends=True)
+        return [from_json(line, Entry) for line in lines if line.endswith(b"\n")]
+
+    def running(self) -> set[int]:
+        """Groups that workers are acting on."""
+        last = {number: entry.what for entry in self.journal() for number in entry.numbers}
+        return {number for number, what in last.items() if what == "start"}
 
     def logs(self) -> str:
         return "\n".join(f"== {p.name}\n{p.read_text()}" for p in sorted((self.path / "logs").glob("*.log")))

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tiny import FirstDigit, tiny_config
-
 from shoal.config import Config, config_from
 from shoal.coordinator.control import Control
 from shoal.coordinator.rundir import RunDir
 from shoal.protocol.episode import Episode, Task, Turn
 from shoal.protocol.sampling import Completion
 from shoal.protocol.work import Lease, StepReport, Submission
+from tiny import FirstDigit, tiny_config
 
 ENVIRONMENTS = {"digit": FirstDigit(name="digit")}
 

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from made import config, episode, new_control, report, submission, turn, void
 from msgspec.structs import replace
-from tiny import FirstDigit
 
 from shoal.coordinator.control import MAX_PAUSE_S, MAX_VOID_ATTEMPTS, Control
 from shoal.coordinator.evaluation import MAX_FRUITLESS_LEASES
 from shoal.coordinator.summary import summarise
 from shoal.protocol.episode import Episode
 from shoal.protocol.work import Lease, Submission
+from tiny import FirstDigit
 
 NO_EVAL = {"eval__before": False, "eval__after": False}
 

@@ -206,7 +206,7 @@ events = st.lists(
 )
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(events, st.integers(1, 6), st.integers(3, 12))
 def test_whatever_happens_each_request_ends_once_and_right(
     plain: Path, plain_reference: Any, todo: list[tuple[str, int, int]], slots: int, blocks: int

@@ -30,6 +30,7 @@ from shoal.coordinator.rundir import RunDir
 from shoal.coordinator.service import Coordinator
 from shoal.coordinator.summary import local_name, summarise
 from shoal.coordinator.tasks import make_environments
+from shoal.coordinator.tracker import check_tracker, tracking
 from shoal.errors import ConfigError, ModelError, NetworkError, RunError, ShoalError, StorageError
 from shoal.fabric.endpoint import Endpoint
 from shoal.fabric.fabric import Fabric
@@ -159,6 +160,7 @@ async def _train(
     on_ready: Callable[[Session], None],
 ) -> dict[str, Any]:
     environments = make_environments(config)
+    check_tracker(config)
     model = await prepare_model(config.model.name, say)
     control = Control(config, environments, run, vocab_size=_vocab_size(model))
     kept = _kept_secrets(run)
@@ -176,8 +178,9 @@ async def _train(
         session = Session(config, run, coordinator, ticket, started)
         run.event("run.started", steps=config.run.steps)
         try:
-            async with _signals() as interrupted:
-                await _supervise(session, children, interrupted, view, on_ready)
+            with tracking(config, run):
+                async with _signals() as interrupted:
+                    await _supervise(session, children, interrupted, view, on_ready)
         finally:
             await children.end_all()
             await coordinator.close()

@@ -21,6 +21,7 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         self._appending: dict[str, FileIO] = {}
+        self.on_metric: Callable[[dict[str, Any]], None] | None = None
+        """Given each line of metrics as well."""
         self._lock: FileIO | None = None
         self._is_new = not self.path.exists()
 
@@ -158,7 +161,10 @@ class RunDir:
 
     def metric(self, **values: Any) -> None:
         """Add a line to `metrics.jsonl`, with the time."""
-        self.append("metrics.jsonl", json.dumps({"time": time.time(), **values}, separators=(",", ":")).encode())
+        line = {"time": time.time(), **values}
+        self.append("metrics.jsonl", json.dumps(line, separators=(",", ":")).encode())
+        if self.on_metric is not None:
+            self.on_metric(line)
 
     def close(self) -> None:
         """Close what was appended to, and give up the lock."""

@@ -6,7 +6,8 @@ Invariants: a tracker's package is asked for before anything starts; what reache
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,9 +16,6 @@ from shoal.coordinator.rundir import RunDir
 from shoal.errors import ConfigError
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-
-Log = Callable[[int, Mapping[str, float]], None]
-"""Takes a step and its numbers."""
 
 
 def check_tracker(config: Config) -> None:
@@ -42,26 +40,44 @@ def numbers_of(line: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
     }
 
 
-def open_tracker(config: Config, run: RunDir) -> tuple[Log, Callable[[], None]] | None:
-    """How to log and how to end, or None where no tracker is asked for. `check_tracker` has passed."""
+@contextmanager
+def tracking(config: Config, run: RunDir) -> Iterator[None]:
+    """While inside, each line of `metrics.jsonl` reaches the configured tracker, too; `check_tracker` has passed."""
     match config.output.tracker:
         case "tensorboard":
             from tensorboardX import SummaryWriter
 
             writer = SummaryWriter(str(run.path / "tensorboard"))
 
-            def write(step: int, values: Mapping[str, float]) -> None:
+            def write(line: Mapping[str, Any]) -> None:
+                step, values = numbers_of(line)
                 for key, value in values.items():
                     writer.add_scalar(key, value, step)
                 writer.flush()
 
-            return write, writer.close
+            run.on_metric = write
+            try:
+                yield
+            finally:
+                run.on_metric = None
+                writer.close()
         case "wandb":
             import wandb
 
             session = wandb.init(
                 project="shoal", name=run.name, id=run.name, resume="allow", config=config.model_dump(mode="json")
             )
-            return lambda step, values: session.log(dict(values), step=step), session.finish
+
+            def log(line: Mapping[str, Any]) -> None:
+                step, values = numbers_of(line)
+                # An evaluation of an earlier version may end late, and W&B takes steps in rising order only.
+                session.log({**values, "step": step})
+
+            run.on_metric = log
+            try:
+                yield
+            finally:
+                run.on_metric = None
+                session.finish()
         case _:
-            return None
+            yield

@@ -10,7 +10,7 @@ import asyncio
 import time
 from typing import TypeVar
 
-from shoal.errors import JoinRefused, RecordError
+from shoal.errors import JoinRefused, NetworkError, RecordError
 from shoal.fabric.errors import RemoteError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.join import make_join_request
@@ -48,7 +48,15 @@ async def join(fabric: Fabric, ticket: Ticket, role: NodeRole, name: str, *, dev
         NetworkError: no answer.
     """
     request = make_join_request(fabric.identity, ticket, role, name, now=time.time(), device=device, threads=threads)
-    data = await fabric.request("run/join", encode(request), DEADLINE_S, to=ticket.coordinator_key)
+    try:
+        data = await fabric.request("run/join", encode(request), DEADLINE_S, to=ticket.coordinator_key)
+    except RemoteError:
+        raise
+    except NetworkError as error:
+        raise NetworkError(
+            f"run '{ticket.run}' does not answer at the ticket's address: {error.problem}",
+            "Check that it still runs, or ask for a fresh ticket.",
+        ) from error
     reply = decode(data, JoinReply)
     if not reply.accepted:
         raise JoinRefused(f"the run refused this {role}: {reply.reason}")
