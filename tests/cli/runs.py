@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_config, tiny_model, write_config
 
 from shoal.coordinator.journal import JOURNAL, Entry
 from shoal.protocol.codec import from_json
 from shoal.protocol.episode import Episode
+from tiny import tiny_config, tiny_model, write_config
 
 __all__ = ["tiny_model"]
 
@@ -99,7 +99,9 @@ class Runs:
     def run(self) -> Run:
         return Run(self.path / "runs" / "tiny")
 
-    def shoal(self, *arguments: str | Path, cwd: Path | None = None, prefix: tuple[str, ...] = (), **env: str) -> Process:
+    def shoal(
+        self, *arguments: str | Path, cwd: Path | None = None, prefix: tuple[str, ...] = (), **env: str
+    ) -> Process:
         made = Process([str(a) for a in arguments], self.home, cwd or self.path, prefix, **env)
         self.started.append(made)
         return made

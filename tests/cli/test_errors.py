@@ -29,7 +29,7 @@ def error_of(process: Process, runs: Runs) -> str:
     return " ".join(error.split())
 
 
-@pytest.mark.parametrize("name", ["/no/such/model", "./no-such-model", "nonsense"])
+@pytest.mark.parametrize("name", ["/no/such/model", "nonsense"])
 def test_a_missing_model(runs: Runs, name: str) -> None:
     train = runs.shoal("train", runs.config(model__name=name))
     assert f"there is no model '{name}'" in error_of(train, runs)
@@ -47,8 +47,7 @@ def test_a_damaged_model_is_told_by_the_process_that_found_it(runs: Runs) -> Non
     broken = shutil.copytree(runs.model, runs.path / "broken")
     (broken / "model.safetensors").write_bytes(b"not a tensor in sight")
     error = error_of(runs.shoal("train", runs.config(model__name=str(broken))), runs)
-    assert "stopped: " in error and "can" in error and "broken" in error, error
-    assert "Its log is" in error
+    assert "stopped: " in error and "model" in error and str(broken) in error and "Its log is" in error, error
 
 
 def test_a_bad_key_and_a_bad_value(runs: Runs) -> None:
@@ -112,6 +111,7 @@ def test_no_workers(runs: Runs) -> None:
     assert "Continue with: shoal train --resume" in train.said
 
 
+@pytest.mark.slow
 def test_an_environment_that_always_fails(runs: Runs) -> None:
     train = runs.train(envs__digit__type="tiny:Broken", eval__before=False, workers__count=1)
     error = error_of(train, runs)

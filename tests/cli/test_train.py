@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
+import time
 import tomllib
 from pathlib import Path
 
@@ -190,16 +192,39 @@ def test_ctrl_c(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+def test_the_learner_killed_during_the_last_evaluation(runs: Runs) -> None:
+    train = runs.train(envs__digit__type="tiny:Slow", run__steps=2, eval__questions=60, workers__count=1)
+    run = runs.run
+    until(lambda: len(run.steps) == 2 and (run.path / "model" / "config.json").exists(), train, run)
+    learner = child(train.pid, "_learner")
+    assert learner is not None and [line["version"] for line in run.evals] == [0]
+    os.kill(learner, signal.SIGKILL)
+    assert train.wait() == 0, train.said + run.logs()
+    run.check(steps=2)
+    assert [line["version"] for line in run.evals] == [0, 2]
+    check_model(run, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_s", [1.0, 2.0, 4.0, 7.0, 11.0])
+def test_ctrl_c_at_any_time(runs: Runs, after_s: float) -> None:
+    train = runs.train(**SLOW, run__name="tiny")
+    time.sleep(after_s)
+    train.send(signal.SIGINT)
+    assert train.wait() == 130, train.said
+    assert "Traceback" not in train.said and processes_of(runs.path) == []
+    assert runs.run.path.exists() == ("--resume" in train.said)
+
+
+@pytest.mark.slow
 def test_kills_at_random_moments(runs: Runs) -> None:
     """Parent, learner and workers killed again and again; the run ends as if nothing had been."""
-    import random
-    import time
-
     rng = random.Random(7)
     train = runs.train(**{**SLOW, "run__steps": 40})
     run = runs.run
     for _ in range(5):
-        until(lambda: (run.path / "events.jsonl").exists() and len(children_of(train.pid)) == 3, train, run)
+        parent = train.pid
+        until(lambda parent=parent: len(children_of(parent)) == 3, train, run)
         time.sleep(rng.uniform(0.0, 14.0))
         if train.process.poll() is not None:
             break

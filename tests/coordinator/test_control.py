@@ -236,11 +236,11 @@ def test_a_worker_whose_leases_bring_nothing_waits_longer_each_time(tmp_path: Pa
         submit(control, Submission(lease=held.id, node_id="ann", episodes=()), now=now)
         waited = now
         while control.lease("ann", 64, waited).lease is None:
-            waited += 0.5
+            waited += 0.25
         control.node_left("ann", "test")
         pauses.append(waited - now)
         now = waited
-    assert pauses == [1, 2, 4, 8, MAX_PAUSE_S, MAX_PAUSE_S]
+    assert pauses == [0.5, 1, 2, 4, MAX_PAUSE_S, MAX_PAUSE_S]
     assert control.lease("bob", 64, 0.0).lease is not None, "others are served meanwhile"
     control.node_left("bob", "test")
     held = lease(control, now=now)

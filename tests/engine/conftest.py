@@ -34,3 +34,9 @@ def plain_reference(plain: Path) -> Any:
 def embedded() -> LocalModel:
     """The real 135 M model, from this user's cache; fetched and converted by whoever comes first."""
     return resolve("embedded", data_dir() / "models")
+
+
+@pytest.fixture(scope="session")
+def embedded_reference(embedded: LocalModel) -> Any:
+    """The same in `transformers`, in fp32."""
+    return reference(embedded.directory)

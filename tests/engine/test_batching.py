@@ -281,6 +281,18 @@ def test_waiting_requests_are_admitted_in_order_as_memory_frees(plain: Path) -> 
     assert [len(caller.done[n].token_ids) for n in range(6)] == [12, 15, 18, 21, 24, 27]
 
 
+def test_what_the_live_ones_may_yet_draw_is_counted(plain: Path) -> None:
+    batcher = make_batcher(plain, tokens=4 * GROWTH_TOKENS, endless=True)
+    caller = Caller(batcher)
+    long = caller.ask(prompt_of(4, 0), max_tokens=3 * GROWTH_TOKENS - 4)
+    short = caller.ask(prompt_of(4, 1), max_tokens=4)
+    for _ in range(5):
+        batcher.step()
+    assert len(batcher.live) == 1
+    done = caller.run()
+    assert list(done) == [long, short]
+
+
 def test_prompts_admitted_at_once_are_bounded(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batching, "PREFILL_TOKENS", 64)
     batcher = make_batcher(plain, endless=True)

@@ -131,6 +131,14 @@ def test_a_capacity_that_is_no_longer_needed_is_given_back() -> None:
     assert cache.capacity <= 2 * 64
 
 
+def test_room_is_given_up_where_a_new_row_needs_it() -> None:
+    cache = make_cache(4, 2 * GROWTH_TOKENS)
+    cache.reserve(1, 2 * GROWTH_TOKENS, 0)
+    assert cache.fits(2, GROWTH_TOKENS)
+    cache.reserve(2, GROWTH_TOKENS, 1)
+    assert (cache.num_slots, cache.capacity) == (2, GROWTH_TOKENS)
+
+
 def test_joining_one_by_one_rarely_reallocates() -> None:
     cache = make_cache(64, 64 * 32)
     taken = set()

@@ -36,7 +36,7 @@ def test_it_multiplies_and_can_be_reloaded(dtype: torch.dtype, bias: bool) -> No
                 torch.testing.assert_close(linear(x).float(), want, rtol=tolerance, atol=10 * tolerance)
 
 
-def test_the_given_values_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_given_values_are_not_kept() -> None:
     """What a snapshot's memory holds may change after the swap."""
     for dtype in (torch.float32, torch.bfloat16):
         linear = Linear(PARTS, 48, bias=True, dtype=dtype, device=CPU)

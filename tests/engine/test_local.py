@@ -18,7 +18,6 @@ from shoal.broadcast.tensors import TensorView
 from shoal.engine import local as engine_local
 from shoal.engine.local import LocalEngine, pick_device
 from shoal.engine.source import LocalModel
-from shoal.engine.tokenizer import Tokenizer
 from shoal.engine.weights import to_views
 from shoal.errors import CapacityError, ModelError, RecordError
 from shoal.protocol.chat import Message
@@ -258,16 +257,15 @@ async def test_bf16_reports_the_log_probabilities_it_drew_with(plain: Path, plai
     assert sum(errors) / len(errors) < 0.05
 
 
-async def test_the_embedded_model_in_bf16(embedded: LocalModel) -> None:
+async def test_the_embedded_model_in_bf16(embedded: LocalModel, embedded_reference: Any) -> None:
     async with asyncio.timeout(300), LocalEngine(embedded, device="cpu") as engine:
         prompt = engine.tokenizer.prompt([Message("user", "What is 7 + 5?")])
         greedy = await engine.sample(request(prompt, max_tokens=24, temperature=0.0))
         drawn = await asyncio.gather(*(engine.sample(request(prompt, max_tokens=24, seed=n)) for n in range(3)))
-    peer = reference(embedded.directory)
     differences: list[float] = []
     for completion in (greedy, *drawn):
         ids = list(completion.token_ids)
-        logits = reference_logits(peer, [*prompt, *ids])[len(prompt) - 1 : -1]
+        logits = reference_logits(embedded_reference, [*prompt, *ids])[len(prompt) - 1 : -1]
         wanted = torch.log_softmax(logits, -1)[torch.arange(len(ids)), ids]
         differences += (torch.tensor(completion.logprobs) - wanted).abs().tolist()
         if completion is greedy:
@@ -303,4 +301,3 @@ async def test_cuda_draws_what_the_cpu_draws(architecture: str, tmp_path: Path) 
         logits = reference_logits(peer, [*prompt, *completion.token_ids])[len(prompt) - 1 : -1]
         wanted = torch.log_softmax(logits, -1)[torch.arange(30), list(completion.token_ids)]
         torch.testing.assert_close(torch.tensor(completion.logprobs), wanted, rtol=0, atol=1e-3)
-    assert Tokenizer(directory).end_ids

@@ -146,6 +146,23 @@ def test_the_ends_of_the_unit_interval_give_the_first_and_the_last_possible_toke
         assert float(torch.softmax(torch.tensor(row).double(), -1)[token + 1 :].sum()) < 1e-6
 
 
+def test_borders_between_blocks() -> None:
+    for first, last in ((300, 310), (BLOCK, BLOCK), (0, BLOCK - 1), (5, 3 * BLOCK), (2 * BLOCK - 1, 2 * BLOCK)):
+        logits = torch.full((4 * BLOCK,), -INFINITY)
+        logits[[first, last]] = 0.0
+        halves = [0.0, 0.5 - 2**-54, 0.5, 1 - 2**-53]
+        ids, _ = sample(logits.expand(4, -1), [SamplingParams()] * 4, halves)
+        assert ids == [first, first, last, last]
+
+
+def test_rounding_of_a_blocks_weight_never_leads_outside() -> None:
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(100, 2 * BLOCK, generator=generator)
+    logits[:, BLOCK - 20 :] = -INFINITY
+    ids, _ = sample(logits, [SamplingParams()] * 100, [1 - 2**-53] * 100)
+    assert ids == [BLOCK - 21] * 100
+
+
 @given(rows, st.integers(0, 30), st.floats(1e-6, 1.0))
 def test_truncation_keeps_the_likeliest(row: list[float], top_k: int, top_p: float) -> None:
     logits = torch.tensor(row)

@@ -8,17 +8,15 @@ import os
 import resource
 import subprocess
 import sys
-import threading
 import zipfile
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from engine_cases import local, make_checkpoint, reference
 from gguf_files import write_gguf
+from hub_server import hub_that_serves
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -252,69 +250,22 @@ def test_a_hub_that_does_not_answer(cache: Path, monkeypatch: pytest.MonkeyPatch
         resolve("no-such-org-here/no-such-model", cache)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """As much of the Hugging Face Hub as serves one repository."""
-
-    root: Path
-    served: list[str]
-    revision = "0123456789abcdef0123456789abcdef01234567"
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, body: bool) -> None:
-        path = self.path.partition("?")[0]
-        data, headers = b"", {}
-        if path == "/":
-            pass
-        elif path.startswith(f"/api/models/{EMBEDDED_HUB_NAME}"):
-            files = [{"rfilename": p.relative_to(self.root).as_posix()} for p in self.root.rglob("*") if p.is_file()]
-            data = json.dumps({"id": EMBEDDED_HUB_NAME, "sha": self.revision, "siblings": files}).encode()
-            if "/tree/" in path:
-                data = json.dumps(
-                    [{"type": "file", "path": f["rfilename"], "size": 1, "oid": "1"} for f in files]
-                ).encode()
-        elif "/resolve/" in path and (file := self.root / path.split(f"/resolve/{self.revision}/")[-1]).is_file():
-            data = file.read_bytes()
-            headers = {"ETag": f'"{conversion.file_hash(file)}"', "X-Repo-Commit": self.revision}
-            if body:
-                self.served.append(file.relative_to(self.root).as_posix())
-        else:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        for name, value in {**headers, "Content-Length": str(len(data))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 def test_the_hub_is_asked_first(checkpoint: Path, cache: Path, tmp_path: Path) -> None:
     (checkpoint / "original").mkdir()
     (checkpoint / "original" / "consolidated.safetensors").write_bytes(b"x" * 100)
     (checkpoint / "pytorch_model.bin").write_bytes(b"a pickle")
-    handler = type("OneHub", (Hub,), {"root": checkpoint, "served": []})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with hub_that_serves(EMBEDDED_HUB_NAME, checkpoint) as (endpoint, served):
         environment = {
-            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_ENDPOINT": endpoint,
             "HF_HOME": str(tmp_path / "hf"),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_OFFLINE": "0",
         }
         out, err = resolve_in_process("embedded", cache, **environment).communicate(timeout=100)
-        server.shutdown()
     assert "= " in out, (out, err)
     directory = Path(out.splitlines()[-1].removeprefix("= "))
     assert same(local(directory).tensors(), load_file(checkpoint / "model.safetensors"))
-    assert sorted(handler.served) == sorted(
+    assert sorted(served) == sorted(
         p.name for p in checkpoint.iterdir() if p.suffix in (".json", ".jinja", ".safetensors")
     )
     # From now on it is found without the hub, which has gone.

@@ -46,8 +46,8 @@ WAIT_S = 0.25
 MAX_VOID_ATTEMPTS = 8
 """A group whose rollouts were void this often shows a broken environment or worker image, not bad luck."""
 
-MAX_PAUSE_S = 15.0
-"""The longest that a worker waits whose leases bring nothing: 1, 2, 4 … seconds after the first, second, third."""
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 4.0
+"""A worker whose leases bring nothing waits this long after the first, twice as long after each further one."""
 
 EVAL_PROGRESS_FACTOR = 4
 """An evaluation's lease may be silent this many times longer: it is larger, and nothing waits but people."""
@@ -235,7 +235,7 @@ class Control:
             self._pauses.pop(node_id, None)
             return
         attempts = self._pauses.get(node_id, (0, now))[0] + 1
-        self._pauses[node_id] = (attempts, now + min(2.0 ** (attempts - 1), MAX_PAUSE_S))
+        self._pauses[node_id] = (attempts, now + min(FIRST_PAUSE_S * 2 ** min(attempts - 1, 8), MAX_PAUSE_S))
 
     def _answered(self, round_: EvalRound, lease_id: str, answers: list[Episode | None], why: str) -> None:
         try:

@@ -202,7 +202,6 @@ class Batcher:
             offset = torch.full((unfinished,), start, device=device)
             hidden = self.model.forward(piece, offset, self.cache, first_slot)
             rows = (last[:unfinished] < start + piece.shape[1]).nonzero()[:, 0]
-            rows = rows[last[rows] >= start]
             found[rows] = hidden[rows, last[rows] - start]
         return found
 

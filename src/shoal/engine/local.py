@@ -16,7 +16,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -24,8 +24,7 @@ from typing import Any, Self, TypeVar
 import torch
 
 from shoal.broadcast.tensors import TensorView
-from shoal.engine import batching
-from shoal.engine.batching import Batcher
+from shoal.engine.batching import Batcher, Sequence
 from shoal.engine.cache import KVCache
 from shoal.engine.model import Decoder
 from shoal.engine.source import LocalModel
@@ -65,6 +64,10 @@ class LocalEngine:
         threads: CPU threads of torch in this process; one a process is fastest beside busy neighbours.
         max_sequences: sequences decoded together.
         cache_tokens: the key-value cache's budget, in tokens over all sequences.
+        context_tokens: longest sequence, prompt and completion together; the model's own limit holds as well.
+
+    Raises:
+        ModelError: the checkpoint is incomplete, damaged or of an unsupported type, or the device is not there.
     """
 
     def __init__(
@@ -203,7 +206,7 @@ class LocalEngine:
         if self._num_requests >= MAX_REQUESTS:
             raise CapacityError(f"the engine has {MAX_REQUESTS} requests already.", "Ask again later.")
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        sequence = batching.Sequence(request, lambda completion: _answer(done, completion), on_token)
+        sequence = Sequence(request, lambda completion: _answer(done, completion), on_token)
         self._num_requests += 1
         try:
             return await self._post(lambda: self._batcher.waiting.append(sequence), done)
@@ -273,7 +276,7 @@ def _settle(future: asyncio.Future[Any], result: object) -> None:
         future.set_result(result)
 
 
-def _undecided(text: str, stop: Sequence[str]) -> int:
+def _undecided(text: str, stop: tuple[str, ...]) -> int:
     """How many characters at the end may still change: an unfinished character, or the beginning of a stop string."""
     broken = len(text) - len(text.rstrip("\ufffd"))
     begun = (n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))

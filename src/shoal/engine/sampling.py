@@ -76,12 +76,13 @@ def _invert(weights_BV: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
     blocks = F.pad(weights_BV, (0, -vocabulary % BLOCK)).view(batch, -1, BLOCK)
     mass = blocks.sum(dim=-1).double().cumsum(dim=-1)
     total = mass[:, -1:]
-    # right=True finds the first entry above the target, whose own weight is therefore positive; that there is one is
-    # sure where the target is below the last entry, which rounding alone would not see to.
-    target = torch.minimum(uniforms_B[:, None] * total, total.nextafter(torch.zeros_like(total)))
+    # right=True finds the first entry above the target, whose own weight is therefore positive. There is one: a number
+    # below 1 times the total rounds to less than the total.
+    target = uniforms_B[:, None] * total
     block = torch.searchsorted(mass, target, right=True).clamp_(max=blocks.shape[1] - 1)
     before = torch.where(block > 0, mass.gather(1, (block - 1).clamp_(min=0)), 0.0)
     inner = blocks[torch.arange(batch, device=block.device), block[:, 0]].double().cumsum(dim=-1)
+    # The block's weight was summed in fp32 and may be a trifle more than that of its tokens.
     rest = torch.minimum(target - before, inner[:, -1:].nextafter(torch.zeros_like(total)))
     ids = block * BLOCK + torch.searchsorted(inner, rest, right=True)
     return ids[:, 0].clamp_(max=vocabulary - 1), total[:, 0]
