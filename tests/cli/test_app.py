@@ -154,7 +154,14 @@ def test_interrupt_ends_with_130_and_stops_the_benchmark(tmp_path: Path) -> None
     )
     command = [*SHOAL, "bench", "sleepy", "--folder", str(tmp_path)]
     # A session of its own, so that the interrupt reaches both processes as Ctrl-C on a terminal does.
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Tests that were themselves started in the background of a script inherit an ignored SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         assert process.stderr is not None
         child = int(process.stderr.readline().split()[1])
         os.killpg(process.pid, signal.SIGINT)
