@@ -217,9 +217,10 @@ def test_ctrl_c_at_any_time(runs: Runs, after_s: float) -> None:
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments(runs: Runs) -> None:
+@pytest.mark.parametrize("seed", [7, 8])
+def test_kills_at_random_moments(runs: Runs, seed: int) -> None:
     """Parent, learner and workers killed again and again; the run ends as if nothing had been."""
-    rng = random.Random(7)
+    rng = random.Random(seed)
     train = runs.train(**{**SLOW, "run__steps": 40})
     run = runs.run
     for _ in range(5):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -162,19 +163,53 @@ async def test_weights_of_another_model_are_refused_and_the_old_ones_stay(
     assert policy.version == 0 and set(await act(policy, engine, 0, exact=True)) == {0}
 
 
-async def test_a_swap_whose_asker_is_cancelled_is_known(engine: LocalEngine, snapshots: Snapshots) -> None:
+@pytest.fixture
+def held(engine: LocalEngine) -> Iterator[threading.Event]:
+    """The engine's thread does nothing until this is set: a swap stays half done for as long as the test likes."""
+    gate = threading.Event()
+    yield gate
+    gate.set()
+
+
+async def begin_swap(policy: Policy, engine: LocalEngine, gate: threading.Event, version: int) -> asyncio.Task[None]:
+    """A lease that has got as far as putting its version in place, and no further."""
+    engine._inbox.put(lambda: bool(gate.wait(30)) and None)
+    asking = asyncio.create_task(policy.reach(version, exact=False))
+    while not policy._loading:  # noqa: ASYNC110  The policy tells nobody how far it is.
+        await asyncio.sleep(0)
+    return asking
+
+
+async def test_a_swap_whose_asker_is_cancelled_is_known(
+    engine: LocalEngine, snapshots: Snapshots, held: threading.Event
+) -> None:
     """The engine swaps all the same; policy and engine may never disagree about what is in place."""
     policy = Policy(engine, snapshots)
-    for version in range(40):
-        asking = asyncio.create_task(policy.reach(version, exact=False))
-        for _ in range(version % 8):
-            await asyncio.sleep(0)
-        asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
-        await draw(engine, tokens=1)
-        assert policy.version in (-1, engine.version)
-        assert not policy._loading
-    assert set(await act(policy, engine, 50, exact=True)) == {50}
+    await act(policy, engine, 0, exact=False)
+    asking = await begin_swap(policy, engine, held, 1)
+    asking.cancel()
+    await asyncio.sleep(0.01)
+    held.set()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert policy.version == engine.version == 1
+    assert set(await act(policy, engine, 0, exact=True)) == {0}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+async def test_nobody_begins_during_a_swap(
+    engine: LocalEngine, snapshots: Snapshots, held: threading.Event, exact: bool
+) -> None:
+    """An exact lease of the old version would be acted under the new one."""
+    policy = Policy(engine, snapshots)
+    await act(policy, engine, 0, exact=False)
+    asking = await begin_swap(policy, engine, held, 1)
+    lease = asyncio.create_task(act(policy, engine, 0, exact=exact))
+    await asyncio.sleep(0.01)
+    assert policy._active == 0
+    held.set()
+    await asking
+    assert set(await lease) == ({0} if exact else {1})
 
 
 class Crowd:

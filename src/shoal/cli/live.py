@@ -111,7 +111,9 @@ class LiveView:
 
         coordinator, control = session.coordinator, session.coordinator.control
         steps = session.config.run.steps
-        facts = Table.grid(padding=(0, 3))
+        bar = Table.grid()
+        bar.add_row(ProgressBar(total=steps, completed=control.version, width=60))
+        facts = Table.grid(padding=(0, 2))
         for _ in range(4):
             facts.add_column()
         m = coordinator.last_metrics
@@ -119,15 +121,15 @@ class LiveView:
         facts.add_row(
             f"step {control.version}/{steps}",
             f"reward {m.get('reward', 0):.3f}",
-            f"staleness {m.get('staleness_mean', 0):.1f} (most {control.consumption.max_staleness}, "
-            f"bound {session.config.learner.max_staleness})",
-            f"{sum(n.tokens_per_s for n in workers):.0f} tokens/s sampled",
+            f"staleness {m.get('staleness_mean', 0):.1f}, most {control.consumption.max_staleness} "
+            f"of {session.config.learner.max_staleness}",
+            f"{sum(n.tokens_per_s for n in workers):.0f} tokens/s",
         )
         facts.add_row(
             f"train {m.get('train_s', 0):.1f} s",
             f"wait {m.get('wait_s', 0):.1f} s",
             f"publish {m.get('publish_s', 0):.1f} s",
-            f"swept {control.queue.counts['swept']} groups, void {control.book.counts['void']} rollouts",
+            f"swept {control.queue.counts['swept']}, void {control.book.counts['void']}",
         )
         table = Table(box=None, padding=(0, 2), header_style="dim")
         for column in ("worker", "policy", "tokens/s", "rollouts used"):
@@ -142,7 +144,7 @@ class LiveView:
         for round_ in control.evals.rounds.values():
             evals += f"   v{round_.version}: {len(round_.answers)}/{len(round_.tasks)} answered"
         body = Group(
-            ProgressBar(total=steps, completed=control.version, width=60),
+            bar,
             facts,
             Text(f"reward {_spark(self._rewards)}"),
             Text(f"held-out accuracy {evals or 'not measured yet'}"),
