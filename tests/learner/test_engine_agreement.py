@@ -46,7 +46,9 @@ async def test_without_an_update_between_every_ratio_is_one(
     dtype: Literal["fp32", "bf16"], tolerance: float, tmp_path: Path
 ) -> None:
     directory = make_tiny_model(tmp_path / "model")
-    trainer = Trainer(load_policy(directory, dtype, "cpu"), AsyncLearner(lr=0.02, microbatch_tokens=300))
+    trainer = Trainer(
+        load_policy(LocalModel("tiny", directory), dtype, "cpu"), AsyncLearner(lr=0.02, microbatch_tokens=300)
+    )
     async with LocalEngine(
         LocalModel("tiny", directory), dtype=dtype, device="cpu", max_sequences=32, cache_tokens=4096
     ) as engine:

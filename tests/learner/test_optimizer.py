@@ -136,3 +136,10 @@ def test_a_state_of_another_model_is_refused() -> None:
 def test_the_learning_rate_warms_up_and_stays() -> None:
     assert [learning_rate(1.0, 4, step) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert learning_rate(0.5, 0, 0) == 0.5
+
+
+def test_a_falling_learning_rate_ends_at_zero_after_the_last_step() -> None:
+    linear = [learning_rate(1.0, 2, step, schedule="linear", total_steps=5) for step in range(7)]
+    assert linear == pytest.approx([0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0])
+    cosine = [learning_rate(1.0, 0, step, schedule="cosine", total_steps=3) for step in range(4)]
+    assert cosine == pytest.approx([0.8535533, 0.5, 0.1464466, 0.0])

@@ -18,6 +18,8 @@ Normalisation = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
 `bnpo`: the same here, where a step is one batch however it is packed; `dr_grpo`: sum over a constant length."""
 
 
+LrSchedule = Literal["constant", "linear", "cosine"]
+
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -127,7 +129,10 @@ class _LearnerSection(Section):
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest global norm of a step's gradient; larger ones are scaled down to it."""
     warmup_steps: int = Field(default=0, ge=0)
-    """Steps over which the learning rate rises linearly to `lr`; it is constant afterwards."""
+    """Steps over which the learning rate rises linearly to `lr`."""
+    lr_schedule: LrSchedule = "constant"
+    """The learning rate after the warm-up: `constant`, or falling by a straight line or a half cosine towards 0 at the
+    run's last step."""
     advantage: Advantage = Advantage()
     """How a group's rewards become advantages."""
     loss: Loss = GrpoLoss()

@@ -1,4 +1,4 @@
-"""A policy from a local directory, ready to be trained.
+"""A policy from a local checkpoint, ready to be trained.
 
 Invariant: nothing is fetched and nothing in the directory is executed; whatever can't be read ends in `ModelError`.
 """
@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from shoal.engine.source import LocalModel
 from shoal.errors import ModelError
 from shoal.learner.forward import prepare
 
@@ -47,8 +48,8 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_policy(directory: Path, dtype: Literal["bf16", "fp32"], device: str = "auto") -> PreTrainedModel:
-    """The causal language model in `directory` (Hugging Face layout, safetensors), prepared for training.
+def load_policy(local: LocalModel, dtype: Literal["bf16", "fp32"], device: str = "auto") -> PreTrainedModel:
+    """The causal language model of a checkpoint (Hugging Face layout, safetensors), prepared for training.
 
     Raises:
         ModelError: it is missing, damaged, or of a type that can't be trained.
@@ -56,15 +57,32 @@ def load_policy(directory: Path, dtype: Literal["bf16", "fp32"], device: str = "
     where = resolve_device(device)
     try:
         with no_progress_bars():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                str(directory),
-                dtype=DTYPES[dtype],
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
-    except (OSError, ValueError, SafetensorError) as error:
+            model = _from_directory(local.directory, dtype) if local.weights is None else _from_file(local, dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
-        raise ModelError(f"the model in {directory} can't be loaded: {reason}", "Check the directory.") from None
+        source = local.weights or local.directory
+        raise ModelError(f"the model in {source} can't be loaded: {reason}", "Check that it is whole.") from None
     prepare(model)
     return model.to(where)
+
+
+def _from_directory(directory: Path, dtype: str) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        str(directory),
+        dtype=DTYPES[dtype],
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+    return model
+
+
+def _from_file(local: LocalModel, dtype: str) -> PreTrainedModel:
+    """From the one file that the user named: `from_pretrained` would take whatever else the directory holds."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(local.config(), dtype=DTYPES[dtype])
+    missing, _ = model.load_state_dict(local.tensors(), strict=False)
+    model.tie_weights()
+    lacking = sorted(set(missing) - set(model.all_tied_weights_keys))
+    if lacking:
+        raise ValueError(f"{len(lacking)} tensors are missing, {lacking[0]} first.")
+    return model

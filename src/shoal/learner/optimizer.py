@@ -20,12 +20,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from shoal.config.learner import LrSchedule
 from shoal.errors import RecordError
 
 
-def learning_rate(peak: float, warmup_steps: int, step: int) -> float:
-    """Constant with linear warm-up: step 0 takes peak / warmup_steps, step warmup_steps - 1 and later the peak."""
-    return peak * min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else peak
+def learning_rate(
+    peak: float, warmup_steps: int, step: int, *, schedule: LrSchedule = "constant", total_steps: int = 0
+) -> float:
+    """The rate of one step, counted from 0.
+
+    Linear warm-up: step 0 takes peak / warmup_steps, step warmup_steps - 1 the peak. Then, with x rising from 0 there to 1
+    at `total_steps` (the first step that is not taken): `constant` 1, `linear` 1 - x, `cosine` (1 + cos πx) / 2 of the
+    peak. So the last step still moves, and a run that is longer than was said stands still.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    x = min(1.0, (step + 1 - warmup_steps) / max(1, total_steps + 1 - warmup_steps))
+    return peak * ((1 - x) if schedule == "linear" else (1 + math.cos(math.pi * x)) / 2)
 
 
 @dataclass(frozen=True)

@@ -196,8 +196,9 @@ class LearnerProcess:
         torch.manual_seed(self._config.run.seed)
         local = resolve(self._config.model.name, model_cache())
         self._tokenizer = Tokenizer(local.directory)
-        model = load_policy(local.directory, self._config.model.dtype, settings.device)
-        trainer = Trainer(model, settings, max_response_tokens=self._config.rollout.max_tokens)
+        model = load_policy(local, self._config.model.dtype, settings.device)
+        run, rollout = self._config.run, self._config.rollout
+        trainer = Trainer(model, settings, total_steps=run.steps, max_response_tokens=rollout.max_tokens)
         newest = checkpoint.load_latest(self._directory / "checkpoints")
         if newest is not None:
             trainer.restore(newest)

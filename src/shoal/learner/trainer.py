@@ -67,6 +67,7 @@ class Trainer:
     Args:
         model: a causal language model on its device; trained in place.
         settings: the `[learner]` table.
+        total_steps: of the whole run; needed where the learning rate falls towards its end.
         max_response_tokens: the constant of the `dr_grpo` normalisation; needed for that one only.
         version: the policy version that `model` is.
 
@@ -76,13 +77,22 @@ class Trainer:
     """
 
     def __init__(
-        self, model: PreTrainedModel, settings: Learner, *, max_response_tokens: int = 0, version: int = 0
+        self,
+        model: PreTrainedModel,
+        settings: Learner,
+        *,
+        total_steps: int = 0,
+        max_response_tokens: int = 0,
+        version: int = 0,
     ) -> None:
         prepare(model)
         if settings.loss.normalisation == "dr_grpo" and max_response_tokens < 1:
             raise ConfigError("normalisation = 'dr_grpo' needs the token limit of a response.")
+        if settings.lr_schedule != "constant" and total_steps < 1:
+            raise ConfigError(f"lr_schedule = '{settings.lr_schedule}' needs the number of steps.")
         self.model = model
         self.settings = settings
+        self._total_steps = total_steps
         self.version = version
         self._max_response_tokens = max_response_tokens
         self._reference: PreTrainedModel | None = None
@@ -102,6 +112,16 @@ class Trainer:
             grad_clip=settings.grad_clip,
         )
 
+    def _learning_rate(self) -> float:
+        settings = self.settings
+        return learning_rate(
+            settings.lr,
+            settings.warmup_steps,
+            self.version,
+            schedule=settings.lr_schedule,
+            total_steps=self._total_steps,
+        )
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters being trained, by name; tied ones once."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -111,7 +131,7 @@ class Trainer:
         started = time.perf_counter()
         batch = self.batch(episodes)
         result = self.forward_backward(batch)
-        lr = learning_rate(self.settings.lr, self.settings.warmup_steps, self.version)
+        lr = self._learning_rate()
         outcome = self.optim_step()
         metrics = self._metrics(batch, result, outcome, lr)
         metrics["train_s"] = time.perf_counter() - started
@@ -144,7 +164,7 @@ class Trainer:
 
     def optim_step(self) -> OptimizerStep:
         """Apply the gathered gradients, if there are any and they are finite; the version rises in any case."""
-        lr = learning_rate(self.settings.lr, self.settings.warmup_steps, self.version)
+        lr = self._learning_rate()
         outcome = self.optimizer.step(lr)
         self.version += 1
         return outcome
