@@ -1,8 +1,8 @@
 """A linear map in the layout in which this machine multiplies fastest; its values are replaced when weights change.
 
 Several checkpoint matrices over the same input (q, k and v; gate and up) are the rows of one. On a CPU that has bf16
-instructions the matrix is kept packed by oneDNN; otherwise every product would first re-order it: packed, a decode
-pass of 32 rows takes 0.7 of the time and one of a single row 0.55. The results are the same.
+instructions the matrix is kept packed by oneDNN; otherwise every product would first re-order it (`shoal bench
+kernels` times both). The results are the same.
 
 Invariant: after `load` every part has the new values; the caller has checked names and shapes before.
 """

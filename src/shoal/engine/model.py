@@ -228,7 +228,7 @@ class Decoder:
             else:
                 q, k = rotate(qkv[:, :, : heads + kv_heads], cos, sin).split((heads, kv_heads), dim=2)
             keys, values = cache.write(index, first_slot, positions_BT, k, v)
-            hidden = hidden + layer.out(_attend(q, keys, values, bias_B1TL))
+            hidden = hidden + layer.out(attend(q, keys, values, bias_B1TL))
             normed = F.rms_norm(hidden, (arch.hidden_size,), layer.norm2, arch.norm_eps)
             gate, up = layer.gate_up(normed).chunk(2, dim=-1)
             hidden = hidden + layer.down(F.silu(gate) * up)
@@ -240,7 +240,7 @@ class Decoder:
         return F.linear(hidden, self._embedding) if self._head is None else self._head(hidden)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, bias_B1TL: Tensor) -> Tensor:
+def attend(q: Tensor, keys: Tensor, values: Tensor, bias_B1TL: Tensor) -> Tensor:
     """Grouped-query attention: q [B, T, N, D] over keys and values [B, K, L, D]; gives [B, T, N·D]."""
     batch, width, heads, dim = q.shape
     kv_heads, reach = keys.shape[1:3]
