@@ -43,6 +43,14 @@ def test_the_default_heldout_set_is_large_distinct_and_has_both_operations() -> 
     assert len(trained) > 300
 
 
+def test_both_orders_of_a_heldout_pair_can_be_asked() -> None:
+    one, both = (make("arithmetic", {"heldout_orders": orders}).heldout() for orders in ("one", "both"))
+    assert {pair_key(task.id) for task in both} == {pair_key(task.id) for task in one}
+    assert {task.id for task in one} < {task.id for task in both}
+    assert 1.8 * len(one) < len(both) < 2 * len(one)
+    assert len({task.id for task in both}) == len(both)
+
+
 def test_balance_makes_operations_equally_likely() -> None:
     def share(balance: str) -> float:
         env = make("arithmetic", {"balance": balance})

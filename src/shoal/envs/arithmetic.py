@@ -4,7 +4,8 @@ A task's id is the expression itself, so a task needs no seed and no data. Wheth
 by a stable hash of its operations and of its operands *in any order*, and by nothing else.
 
 Invariants: `2 + 3` and `3 + 2` are on the same side, whatever the ranges, seeds and levels; the held-out list holds one
-question for each unordered pair; every answer is an integer, and not below zero but in chains.
+question for each unordered pair, unless both orders are asked for; every answer is an integer, and not below zero but
+in chains.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class ArithmeticSettings(QuestionSettings):
     """`pairs`: every question is equally likely; `operations`: every operation is."""
     heldout_fraction: float = Field(default=0.4, gt=0, lt=1)
     """Share of the operand pairs that is never trained on."""
+    heldout_orders: Literal["one", "both"] = "one"
+    """`both`: a held-out pair is asked as 2 + 3 and as 3 + 2, which makes the measurement steadier."""
     wording: str = "What is {expression}?"
     """The question; `{expression}` stands for the expression."""
     times: str = "*"
@@ -179,7 +182,8 @@ class Arithmetic(QuestionEnvironment):
         for _ in range(MAX_DRAWS):
             expression = rng.choices(operations, weights)[0].draw(rng)
             if is_heldout(expression, self.settings.heldout_fraction) == (split == "heldout"):
-                chosen = canonical(expression) if split == "heldout" else expression
+                one_order = split == "heldout" and self.settings.heldout_orders == "one"
+                chosen = canonical(expression) if one_order else expression
                 return Task(env=self.name, id=chosen, seed=0)
         raise TaskError(
             f"environment {self.name!r} has no {split} question in its ranges.",
