@@ -213,6 +213,7 @@ class Trainer:
             "grad_norm": outcome.grad_norm,
             "lr": lr,
             "entropy": stats.entropy_sum / tokens,
+            "reference_kl": stats.reference_k3_sum / tokens,
             "mismatch_kl": stats.k3_sum / tokens,
             "mismatch_k1": stats.k1_sum / tokens,
             "ratio_mean": stats.ratio_sum / tokens if stats.tokens else 1.0,

@@ -54,6 +54,8 @@ class RatioStats:
     k3_sum: float = 0.0
     """π/μ - 1 - log(π/μ): an unbiased, non-negative estimate of KL(μ || π) (Schulman 2020)."""
     entropy_sum: float = 0.0
+    reference_k3_sum: float = 0.0
+    """The k3 estimate of KL(π || ref), where there is a reference."""
 
     def __add__(self, other: RatioStats) -> RatioStats:
         return RatioStats(
@@ -65,6 +67,7 @@ class RatioStats:
             self.k1_sum + other.k1_sum,
             self.k3_sum + other.k3_sum,
             self.entropy_sum + other.entropy_sum,
+            self.reference_k3_sum + other.reference_k3_sum,
         )
 
 
@@ -116,8 +119,7 @@ def reduce(
         losses = losses * tis_weight
     if settings.kl_beta > 0:
         assert inputs.reference is not None, "kl_beta > 0 needs the reference's log-probabilities"
-        difference = inputs.reference - inputs.logprobs
-        losses = losses + settings.kl_beta * (torch.exp(difference) - difference - 1)
+        losses = losses + settings.kl_beta * _k3(inputs.reference - inputs.logprobs)
     return LossOutput((losses * inputs.weights).sum(), statistics(inputs, removed, entropy))
 
 
@@ -128,6 +130,7 @@ def statistics(inputs: TokenInputs, removed: Tensor, entropy: Tensor | None) -> 
         return RatioStats()
     log_ratio = (inputs.logprobs - inputs.behaviour).double()
     ratio = log_ratio.exp()
+    reference = inputs.reference
     return RatioStats(
         tokens=ratio.numel(),
         ratio_sum=float(ratio.sum()),
@@ -135,6 +138,12 @@ def statistics(inputs: TokenInputs, removed: Tensor, entropy: Tensor | None) -> 
         ratio_min=float(ratio.min()),
         clipped=float(removed.sum()),
         k1_sum=float(-log_ratio.sum()),
-        k3_sum=float((ratio - 1 - log_ratio).sum()),
+        k3_sum=float(_k3(log_ratio).sum()),
         entropy_sum=0.0 if entropy is None else float(entropy.double().sum()),
+        reference_k3_sum=0.0 if reference is None else float(_k3(reference - inputs.logprobs).double().sum()),
     )
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    """r - 1 - log r, of samples from the denominator's policy: estimates KL(denominator || numerator)."""
+    return torch.exp(log_ratio) - 1 - log_ratio
