@@ -29,12 +29,14 @@ def build(tensors: dict[str, bytes], version: int = 1, parent: bytes = b"", chun
 def test_hashes_cover_every_byte(tensors: dict[str, bytes], chunk_bytes: int) -> None:
     manifest = build(tensors, chunk_bytes=chunk_bytes)
     assert [entry.name for entry in manifest.tensors] == sorted(tensors)
+    stream = b"".join(tensors[name] for name in sorted(tensors))
+    pieces = list(chunks_of([tensors[name] for name in sorted(tensors)], chunk_bytes))
+    assert b"".join(pieces) == stream and all(len(piece) == chunk_bytes for piece in pieces[:-1])
+    assert manifest.whole is not None and manifest.is_anchor
+    assert manifest.whole.chunks == tuple(blake3(piece).digest() for piece in pieces)
+    assert [size for _, size in manifest.whole.chunk_sizes()] == [len(piece) for piece in pieces]
     for entry in manifest.tensors:
-        data = tensors[entry.name]
-        pieces = [bytes(piece) for piece in chunks_of(memoryview(data), chunk_bytes)]
-        assert b"".join(pieces) == data
-        assert entry.chunks == tuple(blake3(piece).digest() for piece in pieces)
-        assert entry.hash == blake3(data).digest() and entry.num_bytes == len(data)
+        assert entry.hash == blake3(tensors[entry.name]).digest() and entry.num_bytes == len(tensors[entry.name])
 
 
 @given(buffers)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from tensors_made import nudged
 
 import shoal
 from shoal.broadcast.chain import build_manifest, sign_manifest
 from shoal.broadcast.fetch import MAX_BLAME, Fetcher, Progress, Snapshot, SnapshotGone
-from shoal.broadcast.publisher import Publisher, announcements, write_snapshot
+from shoal.broadcast.publisher import Publisher, SnapshotWriter, announcements, write_snapshot
 from shoal.broadcast.store import Store
 from shoal.broadcast.tensors import TensorView, view_of
 from shoal.errors import NetworkError, RecordError
@@ -27,6 +28,7 @@ from shoal.fabric.identity import Identity
 from shoal.fabric.service import Request
 from shoal.fabric.ticket import Ticket
 from shoal.protocol.codec import encode
+from shoal.protocol.snapshot import ChainPart, SignedManifest
 
 Tensors = dict[str, TensorView]
 MakeStore = Callable[[str], Store]
@@ -66,16 +68,115 @@ async def test_round_trip_and_only_what_changed(
     assert first.version == 1 and equal(first, make_tensors(1))
     total = 40_000 + 60_600 + 8
     assert fetcher.bytes_fetched == total == seen[-1].bytes_done == seen[0].bytes_total
-    assert [p.bytes_done for p in seen] == sorted(p.bytes_done for p in seen) and len(seen) == 5 + 8 + 1
+    assert [p.bytes_done for p in seen] == sorted(p.bytes_done for p in seen) and len(seen) == 13
 
     publish(source, learner, 2, make_tensors(2))
     second = await fetcher.fetch()
     assert second.version == 2 and equal(second, make_tensors(2))
-    assert fetcher.bytes_fetched == total + 60_608  # The tensor that stayed the same was not fetched again.
-    assert source[2].chunk_bytes_served == fetcher.bytes_fetched
+    assert total < fetcher.bytes_fetched < 2 * total  # Chunks that stayed the same were not fetched again.
+    assert source[2].chunk_bytes_served == (fetched := fetcher.bytes_fetched)
 
     again = await fetcher.fetch(1)
-    assert equal(again, make_tensors(1)) and fetcher.bytes_fetched == total + 60_608
+    assert equal(again, make_tensors(1)) and fetcher.bytes_fetched == fetched
+
+
+async def test_changes_are_fetched_by_whoever_holds_the_parent(
+    source: Source, node: Fabric, learner: Identity, make_store: MakeStore, make_tensors: MakeTensors
+) -> None:
+    writer = SnapshotWriter(source[1], learner, "policy", chunk_bytes=CHUNK)
+    versions = {1: make_tensors(1)}
+    writer.write(1, versions[1])
+    mine = make_store("mine")
+    fetcher = fetcher_of(node, mine, source)
+    await fetcher.fetch()
+    whole = fetcher.bytes_fetched
+    for version in range(2, 8):
+        versions[version] = nudged(versions[version - 1], version)
+        change = writer.write(version, versions[version]).manifest.change
+        assert change is not None and writer.size is not None and writer.size.num_changed == int(0.02 * 30_300)
+        before = fetcher.bytes_fetched
+        if version in (2, 3, 6, 7):  # 4 and 5 are missed, and 6 comes over them
+            assert equal(await fetcher.fetch(), versions[version])
+            assert fetcher.bytes_fetched - before < whole / 20 * (3 if version == 6 else 1)
+    assert mine.versions("policy") == [1, 2, 3, 4, 5, 6, 7]
+
+    late = fetcher_of(node, make_store("late"), source)
+    assert equal(await late.fetch(), versions[7])
+    assert late.bytes_fetched == fetcher.bytes_fetched, "the anchor and the changes after it"
+    assert equal(await late.fetch(4), versions[4]) and late.bytes_fetched == fetcher.bytes_fetched
+    assert equal(await late.fetch(7), versions[7])
+    restarted = fetcher_of(node, make_store("late"), source)
+    assert equal(await restarted.fetch(), versions[7]) and restarted.bytes_fetched == 0
+
+
+async def test_an_anchor_beside_a_change(
+    source: Source, node: Fabric, learner: Identity, make_store: MakeStore, make_tensors: MakeTensors
+) -> None:
+    """When the changes outweigh the tensors, a version can be had both ways; each takes the shorter one."""
+    writer = SnapshotWriter(source[1], learner, "policy", chunk_bytes=CHUNK)
+    tensors = make_tensors(1)
+    writer.write(1, tensors)
+    fetcher = fetcher_of(node, make_store("mine"), source)
+    await fetcher.fetch()
+    version, change_bytes = 1, 0
+    while True:
+        version, tensors = version + 1, nudged(tensors, version, share=0.4)
+        manifest = writer.write(version, tensors).manifest
+        assert manifest.change is not None
+        before = fetcher.bytes_fetched
+        assert equal(await fetcher.fetch(), tensors)
+        assert fetcher.bytes_fetched - before == manifest.change.num_bytes, "who holds the parent takes the change"
+        change_bytes += manifest.change.num_bytes
+        if manifest.is_anchor:
+            break
+    assert change_bytes > manifest.num_bytes and manifest.num_bytes == 100_608
+    late = fetcher_of(node, make_store("late"), source)
+    assert equal(await late.fetch(), tensors) and late.bytes_fetched == manifest.num_bytes
+    writer.write(version + 1, nudged(tensors, 0))
+    source[1].prune("policy", 1)
+    assert source[1].versions("policy") == [version, version + 1]
+    assert equal(await late.fetch(), nudged(tensors, 0))
+    assert equal(await fetcher.fetch(), nudged(tensors, 0))
+
+
+async def test_another_layout_needs_whole_tensors(
+    source: Source, node: Fabric, learner: Identity, make_store: MakeStore, make_tensors: MakeTensors
+) -> None:
+    writer = SnapshotWriter(source[1], learner, "policy", chunk_bytes=CHUNK)
+    tensors = make_tensors(1)
+    writer.write(1, tensors)
+    fetcher = fetcher_of(node, make_store("mine"), source)
+    await fetcher.fetch()
+    fewer = {name: view for name, view in tensors.items() if name != "b"}
+    assert writer.write(2, fewer).manifest.change is None
+    assert equal(await fetcher.fetch(), fewer)
+    writer.write(3, nudged(fewer, 3))
+    assert equal(await fetcher.fetch(), nudged(fewer, 3))
+
+
+async def test_a_change_that_does_not_give_its_tensor_is_not_loaded(
+    source: Source, node: Fabric, learner: Identity, make_store: MakeStore, make_tensors: MakeTensors
+) -> None:
+    """Signed by the learner, and wrong: what was held is dropped, and comes back whole."""
+    writer = SnapshotWriter(source[1], learner, "policy", chunk_bytes=CHUNK)
+    first = writer.write(1, make_tensors(1))
+    fetcher = fetcher_of(node, make_store("mine"), source)
+    await fetcher.fetch()
+    second = writer.write(2, nudged(make_tensors(1), 2)).manifest
+    assert second.change is not None
+    for change in (
+        msgspec.structs.replace(second.change, sizes=(0,) * 4, chunks=()),
+        msgspec.structs.replace(
+            second.change, sizes=(9, 0, 0, 0), chunks=(source[1].put_chunk(b"no change"),), chunk_bytes=CHUNK
+        ),
+    ):
+        third = msgspec.structs.replace(second, version=3, parent=first.hash, change=change)
+        source[1].put_manifest(sign_manifest(third, learner))
+        with pytest.raises(RecordError, match="does not have the hash|change"):
+            await fetcher.fetch(3)
+        assert make_store("mine").versions("policy") == [1]
+        assert equal(await fetcher.fetch(1), make_tensors(1))
+        (source[1].directory / "manifests" / "policy" / f"{3:012d}").unlink()
 
 
 async def test_late_joiner_takes_the_newest(
@@ -143,18 +244,22 @@ async def test_announcement_reaches_subscribers(
     assert node.counters["publication_refused.stranger"] <= 1
 
 
+def chain_of(*signed: SignedManifest) -> bytes:
+    return encode(ChainPart(manifests=signed))
+
+
 class Liar:
     """A node that serves a store but changes what it serves."""
 
     def __init__(self, fabric: Fabric, store: Store) -> None:
         self.fabric, self.store = fabric, store
-        self.manifest = b""
+        self.chain = b""
         self.spoil_chunks = 0
 
     async def start(self) -> None:
         prefix = f"node/{self.fabric.identity.node_id}"
         await self.fabric.serve(f"{prefix}/chunk/*", self.serve_chunk)
-        await self.fabric.serve(f"{prefix}/manifest/*/*", self.serve_manifest)
+        await self.fabric.serve(f"{prefix}/chain/*/*/*", self.serve_chain)
 
     async def serve_chunk(self, request: Request) -> bytes:
         data = self.store.get_chunk(bytes.fromhex(request.key.rpartition("/")[2]))
@@ -164,8 +269,8 @@ class Liar:
             return data[:-1] + bytes([data[-1] ^ 1])
         return data
 
-    async def serve_manifest(self, request: Request) -> bytes:
-        return self.manifest
+    async def serve_chain(self, request: Request) -> bytes:
+        return self.chain
 
 
 @pytest.fixture
@@ -174,7 +279,7 @@ async def liar(source: Source, node: Fabric, learner: Identity, make_tensors: Ma
     liar = Liar(node, source[1])
     latest = source[1].latest("policy")
     assert latest is not None
-    liar.manifest = encode(latest.signed)
+    liar.chain = chain_of(latest.signed)
     await liar.start()
     return liar
 
@@ -219,7 +324,7 @@ async def test_liar_alone_ends_in_an_error_and_nothing_is_loaded(
         ("signer", "another key"),
         ("run", "for run 'another run'"),
         ("model", "asked for"),
-        ("garbage", "should be a SignedManifest"),
+        ("garbage", "should be a ChainPart"),
     ],
 )
 async def test_false_manifests_are_refused(
@@ -233,17 +338,17 @@ async def test_false_manifests_are_refused(
 ) -> None:
     manifest = build_manifest("a run", "policy", 1, b"", make_tensors(1))
     if lie == "bit":
-        liar.manifest = liar.manifest[:60] + bytes([liar.manifest[60] ^ 1]) + liar.manifest[61:]
+        liar.chain = liar.chain[:60] + bytes([liar.chain[60] ^ 1]) + liar.chain[61:]
     elif lie == "signer":
-        liar.manifest = encode(sign_manifest(manifest, Identity.generate()))
+        liar.chain = chain_of(sign_manifest(manifest, Identity.generate()))
     elif lie == "run":
         other = build_manifest("another run", "policy", 1, b"", make_tensors(1))
-        liar.manifest = encode(sign_manifest(other, learner))
+        liar.chain = chain_of(sign_manifest(other, learner))
     elif lie == "model":
         other = build_manifest("a run", "drafter", 1, b"", make_tensors(1))
-        liar.manifest = encode(sign_manifest(other, learner))
+        liar.chain = chain_of(sign_manifest(other, learner))
     else:
-        liar.manifest = b"\x00garbage"
+        liar.chain = b"\x00garbage"
     fetcher = Fetcher(source[0], make_store("mine"), [liar.fabric.identity.public_key])
     with pytest.raises(RecordError, match=reason):
         await fetcher.fetch()
@@ -257,10 +362,10 @@ async def test_old_version_replayed_as_newest_is_refused(
     mine = make_store("mine")
     newest = source[1].latest("policy")
     assert newest is not None
-    replayed, liar.manifest = liar.manifest, encode(newest.signed)
+    replayed, liar.chain = liar.chain, chain_of(newest.signed)
     fetcher = Fetcher(source[0], mine, [liar.fabric.identity.public_key])
     assert (await fetcher.fetch()).version == 2
-    liar.manifest = replayed
+    liar.chain = replayed
     with pytest.raises(RecordError, match="offers version 1 as the newest, but 2 is known"):
         await fetcher.fetch()
     restarted = Fetcher(source[0], make_store("mine"), [liar.fabric.identity.public_key])
@@ -278,7 +383,7 @@ async def test_contradicting_manifest_is_not_loaded(
     source[1].put_chunk(b"abcd")
     entry = msgspec.structs.replace(manifest.tensors[0], hash=bytes(32))
     wrong = msgspec.structs.replace(manifest, tensors=(entry,))
-    liar.manifest = encode(sign_manifest(wrong, learner))
+    liar.chain = chain_of(sign_manifest(wrong, learner))
     fetcher = Fetcher(source[0], make_store("mine"), [liar.fabric.identity.public_key])
     with pytest.raises(RecordError, match="does not have the hash"):
         await fetcher.fetch()
@@ -300,9 +405,11 @@ async def test_damage_on_the_own_disk_is_repaired(
     publish(source, learner, 1, make_tensors(1))
     mine = make_store("mine")
     fetcher = fetcher_of(node, mine, source)
-    first = await fetcher.fetch()
-    chunk_file(mine, first.published.manifest.tensors[0].chunks[0]).write_bytes(b"rotten")
-    assert equal(await fetcher.fetch(), make_tensors(1)) and mine.num_damaged == 1
+    whole = (await fetcher.fetch()).published.manifest.whole
+    assert whole is not None
+    chunk_file(mine, whole.chunks[3]).write_bytes(b"rotten")
+    restarted = fetcher_of(node, make_store("mine"), source)
+    assert equal(await restarted.fetch(), make_tensors(1)) and restarted.bytes_fetched == CHUNK
 
 
 async def test_local_store_is_read_and_verified(
@@ -313,7 +420,8 @@ async def test_local_store_is_read_and_verified(
     fetcher = fetcher_of(node, mine, source, local=source[1].directory)
     snapshot = await fetcher.fetch()
     assert equal(snapshot, make_tensors(1)) and fetcher.bytes_fetched == 0
-    digest = snapshot.published.manifest.tensors[0].chunks[0]
+    assert snapshot.published.manifest.whole is not None
+    digest = snapshot.published.manifest.whole.chunks[0]
     shutil.copytree(source[1].directory, mine.directory.parent / "copy")
     (chunk := mine.directory.parent / "copy" / "chunks" / digest.hex()[:2] / digest.hex()).write_bytes(b"forged")
     other = fetcher_of(node, make_store("other"), source, local=mine.directory.parent / "copy")
@@ -343,7 +451,14 @@ async def test_strangers_get_nothing(
 
 async def test_hostile_keys(source: Source, node: Fabric) -> None:
     prefix, to = f"node/{source[0].identity.node_id}", source[0].identity.public_key
-    for key in ("chunk/..", "chunk/00", "chunk/zz", "manifest/policy/-1", "manifest/../latest", "manifest/.x/1"):
+    for key in (
+        "chunk/..",
+        "chunk/00",
+        "chunk/zz",
+        "chain/policy/-1/none",
+        "chain/../latest/none",
+        "chain/policy/1/-1",
+    ):
         with pytest.raises(RemoteError) as caught:
             await node.request(f"{prefix}/{key}", b"", 5.0, to=to)
         assert caught.value.kind == "refused"

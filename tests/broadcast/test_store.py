@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from tensors_made import nudged
 
 import shoal
 from shoal.broadcast.chain import build_manifest, sign_manifest
-from shoal.broadcast.publisher import write_snapshot
+from shoal.broadcast.publisher import SnapshotWriter, write_snapshot
 from shoal.broadcast.store import Store
 from shoal.broadcast.tensors import TensorView
 from shoal.errors import RecordError, StorageError
@@ -81,7 +82,7 @@ def test_conflicts_are_refused(make_store: MakeStore, learner: Identity, make_te
 def test_manifest_needs_its_chunks(make_store: MakeStore, learner: Identity, make_tensors: MakeTensors) -> None:
     store = make_store("s")
     manifest = build_manifest(store.run, "policy", 1, b"", make_tensors(1))
-    with pytest.raises(StorageError, match="lacks 3 chunks"):
+    with pytest.raises(StorageError, match="lacks 1 chunks"):
         store.put_manifest(sign_manifest(manifest, learner))
     assert store.latest("policy") is None
 
@@ -115,12 +116,12 @@ def test_prune(make_store: MakeStore, learner: Identity, make_tensors: MakeTenso
     unnamed = store.put_chunk(b"of a version that is being written")
     before = len(chunk_files(store))
     dropped = store.prune("policy", 2)
-    assert dropped == before - len(chunk_files(store)) == 2 * (8 + 1)
+    assert dropped == before - len(chunk_files(store)) == 2 * 8  # The tail of the stream, which is alike, stays.
     assert store.versions("policy") == [3, 4] and store.has(unnamed)
     for model, version in (("policy", 3), ("policy", 4), ("drafter", 1)):
         kept = store.manifest(model, version)
         assert kept is not None
-        assert all(store.get_chunk(digest) for entry in kept.manifest.tensors for digest in entry.chunks)
+        assert all(store.get_chunk(digest) for body in kept.manifest.bodies for digest in body.chunks)
     assert store.latest("drafter") == drafter
     assert store.prune("policy", 2) == 0
 
@@ -145,6 +146,38 @@ while True:
 """
 
 
+def test_prune_keeps_what_kept_versions_are_made_from(
+    make_store: MakeStore, learner: Identity, make_tensors: MakeTensors
+) -> None:
+    """Version 1 is whole; 2 to 5 are changes, and the newest cannot be made without any of them."""
+    store = make_store("s")
+    writer = SnapshotWriter(store, learner, "policy", chunk_bytes=CHUNK)
+    for version in range(1, 6):
+        writer.write(version, nudged(make_tensors(1), version))
+    assert [p.manifest.is_anchor for p in store.chain("policy", 5)] == [False, False, False, False, True]
+    assert store.prune("policy", 1) == 0 and store.versions("policy") == [1, 2, 3, 4, 5]
+    SnapshotWriter(store, learner, "policy", chunk_bytes=CHUNK).write(6, make_tensors(6))  # restarted: an anchor
+    assert store.prune("policy", 2) == 0, "version 5 is kept, and needs all before it"
+    assert store.prune("policy", 1) > 0 and store.versions("policy") == [6]
+    newest = store.latest("policy")
+    assert newest is not None and newest.manifest.parent and newest.manifest.change is None
+
+
+def test_parts_of_a_chain(make_store: MakeStore, learner: Identity, make_tensors: MakeTensors) -> None:
+    store = make_store("s")
+    writer = SnapshotWriter(store, learner, "policy", chunk_bytes=CHUNK)
+    for version in (2, 3, 5, 6):
+        writer.write(version, nudged(make_tensors(1), version))
+
+    def versions(version: int, **how: int) -> list[int]:
+        return [p.manifest.version for p in store.chain("policy", version, **how)]
+
+    assert versions(6) == [6, 5, 3, 2] and versions(5) == [5, 3, 2] and versions(2) == [2]
+    assert versions(6, since=3) == [6, 5] and versions(6, since=6) == [6] and versions(6, since=0) == [6, 5, 3, 2]
+    assert versions(6, limit=2) == [6, 5]
+    assert versions(4) == versions(9) == [] == store.chain("drafter", 1)
+
+
 def start_writer(directory: Path, code: str = WRITER) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": str(Path(shoal.__file__).parents[1])}
     command = [sys.executable, "-c", code, str(directory)]
@@ -164,9 +197,9 @@ def test_killed_writer_leaves_a_valid_store(make_store: MakeStore) -> None:
         for version in store.versions("policy"):
             published = store.manifest("policy", version)
             assert published is not None
-            for entry in published.manifest.tensors:
-                data = b"".join(store.get_chunk(digest) or b"" for digest in entry.chunks)
-                assert blake3(data).digest() == entry.hash
+            for body in published.manifest.bodies:
+                data = b"".join(store.get_chunk(digest) or b"" for digest in body.chunks)
+                assert len(data) == body.num_bytes
         newest = store.latest("policy")
         assert newest is not None and newest.manifest.version > last
         last = newest.manifest.version
@@ -206,7 +239,7 @@ def test_prune_beside_a_writer(make_store: MakeStore, learner: Identity, make_te
             write_snapshot(store, learner, "policy", version, make_tensors(version % 3), chunk_bytes=CHUNK)
             newest = store.latest("policy")
             assert newest is not None and newest.manifest.version == version
-            assert all(store.get_chunk(digest) for entry in newest.manifest.tensors for digest in entry.chunks)
+            assert all(store.get_chunk(digest) for body in newest.manifest.bodies for digest in body.chunks)
     finally:
         stop.set()
         pruner.join()

@@ -13,6 +13,7 @@ from shoal.cli import live
 from shoal.cli.live import LiveView
 from shoal.cli.training import Session
 from shoal.config import config_from
+from shoal.coordinator.admission import Admission
 from shoal.coordinator.control import Control
 from shoal.coordinator.rundir import RunDir
 from shoal.coordinator.service import Coordinator, Node
@@ -25,12 +26,12 @@ def session(tmp_path: Path, **changes: Any) -> Session:
     config = config_from(tiny_config(tmp_path / "model", tmp_path / "runs", **changes))
     run = RunDir.create(tmp_path / "runs" / "tiny")
     control = Control(config, {"digit": FirstDigit(name="digit")}, run)
-    coordinator = Coordinator(config, control, run, None, learner_key=b"", secret=b"")  # type: ignore[arg-type]
+    coordinator = Coordinator(config, control, run, None, Admission.of(run))  # type: ignore[arg-type]
     return Session(config, run, coordinator, "shoal1TICKET", time.monotonic())
 
 
 def join(shown: Session, name: str) -> Node:
-    node = Node(name * 2, name, "worker", "cpu", joined_at=0.0, tokens_per_s=12.0)
+    node = Node(name * 2, b"k" * 32, name, "worker", "cpu", joined_at=0.0, tokens_per_s=12.0)
     shown.coordinator.nodes[node.node_id] = node
     return node
 
@@ -111,3 +112,25 @@ def test_the_panel_of_a_terminal(tmp_path: Path) -> None:
     node.alive = False
     console.print(view._panel(shown))
     assert "none yet" in console.export_text()
+
+
+def test_what_keeps_others_waiting_is_told_once_and_its_end_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = session(tmp_path)
+    view = LiveView()
+    node = join(shown, "ann")
+    node.seen = time.monotonic() - 60
+    for _ in range(3):
+        view.update(shown)
+    said = capsys.readouterr().err
+    assert said.count("Waiting: ann silent for 60 s") == 1 and "No longer" not in said
+    console = Console(width=80, record=True, file=(tmp_path / "screen").open("w"))
+    console.print(view._panel(shown, shown.coordinator.watch.notices()))
+    assert "ann silent for 60 s" in console.export_text()
+    node.seen = time.monotonic()
+    for _ in range(2):
+        view.update(shown)
+    assert capsys.readouterr().err.count("No longer: ann is silent") == 1
+    LiveView(quiet=True).update(shown)
+    assert capsys.readouterr().err == ""

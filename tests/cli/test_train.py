@@ -41,6 +41,7 @@ def check_model(run: Run, version: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from shoal.broadcast.image import read_version
     from shoal.broadcast.store import Store
     from shoal.fabric.identity import Identity
 
@@ -50,10 +51,9 @@ def check_model(run: Run, version: int) -> None:
     assert published is not None and published.manifest.version == version
     model = AutoModelForCausalLM.from_pretrained(run.path / "model")
     state = model.state_dict()
-    for entry in published.manifest.tensors:
-        data = b"".join(store.get_chunk(chunk) or b"" for chunk in entry.chunks)
-        sent = torch.frombuffer(bytearray(data), dtype=torch.float32).reshape(entry.shape)
-        assert torch.equal(state[entry.name], sent), entry.name
+    for name, view in read_version(store, "policy", version).items():
+        sent = torch.frombuffer(view.data, dtype=torch.float32).reshape(view.shape)
+        assert torch.equal(state[name], sent), name
     assert AutoTokenizer.from_pretrained(run.path / "model").chat_template
 
 

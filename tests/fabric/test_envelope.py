@@ -18,7 +18,7 @@ from shoal.fabric.envelope import (
     ReplayGuard,
     check_envelope,
     read_header,
-    seal,
+    write_envelope,
 )
 from shoal.fabric.errors import EnvelopeError
 from shoal.fabric.identity import Identity
@@ -37,12 +37,13 @@ def refusal_of(attachment: bytes, body: bytes = b"body", key: str = "a/key") -> 
 
 
 def make(body: bytes = b"body", key: str = "a/key") -> bytes:
-    return seal(SENDER, "request", key, body, now=NOW, deadline_s=1.0)[1]
+    return write_envelope(SENDER, "request", key, body, now=NOW, deadline_s=1.0).attachment
 
 
 @given(st.binary(max_size=1000), st.text(max_size=100))
-def test_sealed_is_believed(body: bytes, key: str) -> None:
-    header, attachment = seal(SENDER, "request", key, body, now=NOW, to=bytes(32), deadline_s=3.0)
+def test_what_is_signed_is_believed(body: bytes, key: str) -> None:
+    header, attachment, wire = write_envelope(SENDER, "request", key, body, now=NOW, to=bytes(32), deadline_s=3.0)
+    assert wire == body
     assert read_header(attachment) == header and header.node_id == SENDER.node_id
     check_envelope(header, attachment, body, kinds=("request",), key=key)
 
@@ -58,7 +59,7 @@ def test_other_body_key_kind() -> None:
     assert refusal_of(make()) is None
     assert refusal_of(make(), body=b"other") == "signature"
     assert refusal_of(make(), key="another/key") == "key"
-    reply = seal(SENDER, "reply", "a/key", b"body", now=NOW)[1]
+    reply = write_envelope(SENDER, "reply", "a/key", b"body", now=NOW).attachment
     assert refusal_of(reply) == "key"
 
 
@@ -90,6 +91,9 @@ def test_hostile_attachments(attachment: bytes) -> None:
         {"deadline_s": math.inf},
         {"deadline_s": -1.0},
         {"key": "k" * 600},
+        {"sealed_by": bytes(32)},
+        {"sealed_to": bytes(8)},
+        {"sealed_by": bytes(31), "sealed_to": bytes(8)},
     ],
 )
 def test_fields_out_of_range(change: dict[str, object]) -> None:
@@ -98,7 +102,7 @@ def test_fields_out_of_range(change: dict[str, object]) -> None:
 
 
 def header_at(sent_at: float) -> Header:
-    return seal(SENDER, "request", "k", b"", now=sent_at)[0]
+    return write_envelope(SENDER, "request", "k", b"", now=sent_at).header
 
 
 def test_guard_admits_once_and_only_the_young() -> None:

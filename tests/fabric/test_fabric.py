@@ -13,8 +13,9 @@ import zenoh
 
 from shoal.errors import CapacityError, NetworkError
 from shoal.fabric import service as service_module
+from shoal.fabric.core import namespace_of
 from shoal.fabric.endpoint import Endpoint
-from shoal.fabric.envelope import seal
+from shoal.fabric.envelope import write_envelope
 from shoal.fabric.errors import RemoteError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
@@ -87,7 +88,8 @@ async def test_refusals(listener: Fabric, node: Fabric) -> None:
     with pytest.raises(RemoteError, match="not been admitted") as caught:
         await node.request("closed", b"", 5.0)
     assert caught.value.kind == "stranger"
-    assert listener.counters == {f"refused.{kind}": 1 for kind in ("refused", "internal", "size", "stranger")}
+    survived = [f"refused.{kind}" for kind in ("refused", "internal", "size", "stranger")]
+    assert listener.counters == dict.fromkeys([*survived, "handler_failed"], 1)
     assert await node.request("small", b"x" * 10, 5.0) == b"x" * 10
 
 
@@ -187,9 +189,10 @@ class Attacker:
     def __init__(self, listener: Fabric) -> None:
         endpoint = Endpoint.parse(listener.endpoints[0])
         self.session = open_connector(listener.identity.public_key, endpoint, 5.0, 2.0)
+        self.namespace = namespace_of(listener.identity.public_key)
 
     def ask(self, key: str, body: bytes, attachment: bytes | None) -> list[zenoh.Reply]:
-        return list(self.session.get(f"shoal/{key}", payload=body, attachment=attachment, timeout=3.0))
+        return list(self.session.get(self.namespace + key, payload=body, attachment=attachment, timeout=3.0))
 
 
 @pytest.fixture
@@ -211,7 +214,7 @@ async def test_forged_requests_never_reach_the_handler(listener: Fabric, attacke
     victim, now = Identity.generate(), time.time()
 
     def sealed(body: bytes = b"x", at: float = now, to: bytes = b"") -> bytes:
-        return seal(victim, "request", "door", body, now=at, to=to, deadline_s=3.0)[1]
+        return write_envelope(victim, "request", "door", body, now=at, to=to, deadline_s=3.0).attachment
 
     good = sealed()
     flipped = good[:-1] + bytes([good[-1] ^ 1])
@@ -222,7 +225,7 @@ async def test_forged_requests_never_reach_the_handler(listener: Fabric, attacke
         ("clock", "door", b"x", sealed(at=now - 1000)),
         ("clock", "door", b"x", sealed(at=now + 1000)),
         ("audience", "door", b"x", sealed(to=Identity.generate().public_key)),
-        ("key", "door", b"x", seal(victim, "publication", "door", b"x", now=now, deadline_s=3.0)[1]),
+        ("key", "door", b"x", write_envelope(victim, "publication", "door", b"x", now=now, deadline_s=3.0).attachment),
         ("malformed", "door", b"x", None),
         ("malformed", "door", b"x", b"rubbish"),
     ]
@@ -245,7 +248,7 @@ async def test_pattern_queries_are_not_requests(listener: Fabric, attacker: Atta
         return b"ok"
 
     await listener.serve("door", handle)
-    attachment = seal(Identity.generate(), "request", "door", b"", now=time.time(), deadline_s=3.0)[1]
+    attachment = write_envelope(Identity.generate(), "request", "door", b"", now=time.time(), deadline_s=3.0).attachment
     await asyncio.to_thread(attacker.ask, "**", b"", attachment)
     assert handled == []
 
@@ -256,14 +259,14 @@ async def test_impostors_answers_are_ignored(listener: Fabric, node: Fabric, att
     recorded: list[bytes] = []
 
     def lie(query: zenoh.Query) -> None:
-        attachment = seal(impostor, "reply", "truth", b"lie", now=time.time())[1]
+        attachment = write_envelope(impostor, "reply", "truth", b"lie", now=time.time()).attachment
         query.reply(query.key_expr, b"lie", attachment=attachment)
         query.reply(query.key_expr, b"lie")
         for old in recorded:
             query.reply(query.key_expr, b"truth", attachment=old)
         query.drop()
 
-    queryable = attacker.session.declare_queryable("shoal/truth", lie, complete=True)
+    queryable = attacker.session.declare_queryable(attacker.namespace + "truth", lie, complete=True)
     with pytest.raises(NetworkError):
         await node.request("truth", b"", 2.0, absent_grace_s=0.0)
 
@@ -271,7 +274,9 @@ async def test_impostors_answers_are_ignored(listener: Fabric, node: Fabric, att
         await asyncio.sleep(0.2)
         return b"truth"
 
-    recorded.append(seal(listener.identity, "reply", "truth", b"truth", now=time.time(), answers=bytes(16))[1])
+    recorded.append(
+        write_envelope(listener.identity, "reply", "truth", b"truth", now=time.time(), answers=bytes(16)).attachment
+    )
     await listener.serve("truth", tell)
     ignored = node.counters.total()
     assert await node.request("truth", b"", 5.0, to=listener.identity.public_key) == b"truth"

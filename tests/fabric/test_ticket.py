@@ -14,12 +14,20 @@ from hypothesis import strategies as st
 from shoal import PROTOCOL_VERSION
 from shoal.errors import TicketError
 from shoal.fabric.endpoint import Endpoint
-from shoal.fabric.ticket import PREFIX, Ticket
+from shoal.fabric.ticket import TICKET as LINE
+from shoal.fabric.ticket import RouterAddress, Ticket
 
+PREFIX = LINE.prefix
 hosts = st.sampled_from(["127.0.0.1", "[::1]", "192.0.2.7", "[2001:db8::7]", "node-1.example.org"])
 ports = st.integers(1, 65535)
 tls_endpoints = st.builds(lambda host, port: f"tls/{host}:{port}", hosts, ports)
 tcp_endpoints = st.builds(lambda port: f"tcp/127.0.0.1:{port}", ports)
+routers = st.builds(
+    RouterAddress,
+    protocol_version=st.just(PROTOCOL_VERSION),
+    key=st.binary(min_size=32, max_size=32),
+    hosts=st.lists(st.builds("{}:{}".format, hosts, ports), min_size=1, max_size=3).map(tuple),
+)
 tickets = st.builds(
     Ticket,
     protocol_version=st.just(PROTOCOL_VERSION),
@@ -27,6 +35,7 @@ tickets = st.builds(
     endpoints=st.lists(tls_endpoints | tcp_endpoints, min_size=1, max_size=8).map(tuple),
     coordinator_key=st.binary(min_size=32, max_size=32),
     secret=st.binary(min_size=16, max_size=32),
+    routers=st.lists(routers, max_size=4).map(tuple),
 )
 TICKET = Ticket(PROTOCOL_VERSION, "a run", ("tls/192.0.2.1:7447",), bytes(32), b"s" * 16)
 
@@ -104,11 +113,26 @@ def test_words_for_each_mistake() -> None:
         {"coordinator_key": b"short"},
         {"secret": b"short"},
         {"run": ""},
+        {"secret": bytes(65)},
+        {"endpoints": ("tls/192.0.2.1:7447",) * 9},
+        {"routers": (RouterAddress(PROTOCOL_VERSION, bytes(32), ("192.0.2.1:7447",)),) * 5},
+        {"routers": (RouterAddress(PROTOCOL_VERSION, b"short", ("192.0.2.1:7447",)),)},
+        {"routers": (RouterAddress(PROTOCOL_VERSION, bytes(32), ("tcp/192.0.2.1:7447",)),)},
+        {"routers": (RouterAddress(PROTOCOL_VERSION, bytes(32), ()),)},
+        {"routers": (RouterAddress(PROTOCOL_VERSION + 1, bytes(32), ("192.0.2.1:7447",)),)},
     ],
 )
 def test_unusable_fields(change: dict[str, object]) -> None:
     with pytest.raises(TicketError, match="cannot be used"):
         Ticket.decode(msgspec.structs.replace(TICKET, **change).encode())
+
+
+def test_for_other_machines_loopback_is_left_out() -> None:
+    router = RouterAddress(PROTOCOL_VERSION, bytes(32), ("192.0.2.9:7447",))
+    here = msgspec.structs.replace(TICKET, endpoints=("tls/192.0.2.1:7447", "tls/127.0.0.1:7447"))
+    assert here.elsewhere() == here, "without routers it is all there is"
+    routed = msgspec.structs.replace(here, routers=(router,))
+    assert routed.elsewhere().endpoints == ("tls/192.0.2.1:7447",) and routed.elsewhere().routers == (router,)
 
 
 def test_secret_is_not_printed() -> None:

@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
+from shoal.fabric.core import namespace_of
 from shoal.fabric.endpoint import Endpoint
-from shoal.fabric.envelope import seal
+from shoal.fabric.envelope import write_envelope
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
 from shoal.fabric.session import open_connector
@@ -95,20 +96,26 @@ async def test_oversized_and_strange_messages_are_not_delivered(
 
 async def test_forgeries_and_replays_are_not_delivered(listener: Fabric, eventually: Eventually) -> None:
     session = await asyncio.to_thread(
-        open_connector, listener.identity.public_key, Endpoint.parse(listener.endpoints[0]), 5.0, 2.0
+        open_connector,
+        listener.identity.public_key,
+        Endpoint.parse(listener.endpoints[0]),
+        5.0,
+        2.0,
     )
     victim = Identity.generate()
-    good = seal(victim, "publication", "news", b"x", now=time.time())[1]
-    old = seal(victim, "publication", "news", b"x", now=time.time() - 1000)[1]
+    good = write_envelope(victim, "publication", "news", b"x", now=time.time()).attachment
+    old = write_envelope(victim, "publication", "news", b"x", now=time.time() - 1000).attachment
     async with listener.subscribe("news") as stream:
         await asyncio.sleep(0.3)
 
+        news = namespace_of(listener.identity.public_key) + "news"
+
         def attack() -> None:
-            session.put("shoal/news", b"y", attachment=good)
-            session.put("shoal/news", b"x", attachment=old)
-            session.put("shoal/news", b"x")
-            session.put("shoal/news", b"x", attachment=good)
-            session.put("shoal/news", b"x", attachment=good)
+            session.put(news, b"y", attachment=good)
+            session.put(news, b"x", attachment=old)
+            session.put(news, b"x")
+            session.put(news, b"x", attachment=good)
+            session.put(news, b"x", attachment=good)
 
         await asyncio.to_thread(attack)
         assert (await hear(stream)).sender_key == victim.public_key

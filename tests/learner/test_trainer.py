@@ -24,9 +24,9 @@ from shoal.protocol.episode import Episode, Turn
 from shoal.protocol.sampling import Completion
 
 METRICS = {
-    "reward", "reward_std", "loss", "grad_norm", "lr", "entropy", "reference_kl", "mismatch_kl", "ratio_mean", "ratio_max",
-    "clip_fraction", "response_tokens_mean", "tokens", "packed_tokens", "groups", "groups_skipped", "train_s",
-    "staleness_mean", "staleness_max", "nonfinite",
+    "reward", "reward_std", "loss", "grad_norm", "lr", "entropy", "reference_kl", "mismatch_kl", "ratio_mean",
+    "ratio_max", "clip_fraction", "response_tokens_mean", "tokens", "packed_tokens", "groups", "groups_skipped",
+    "train_s", "staleness_mean", "staleness_max", "nonfinite",
 }  # fmt: skip
 
 

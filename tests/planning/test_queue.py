@@ -68,7 +68,9 @@ class Run:
         assert not (gone | set(swept)) & set(numbers), "no group is consumed twice, or after it was swept"
         ages = [self.step - self.version_of[n] for n in numbers]
         assert max(ages) <= self.bound, "nothing staler than S is consumed"
-        still_open = [*self.queue.pending, *self.queue.running]
+        # What was started under a version that is too old by now holds nobody up.
+        hopeful = [n for n in self.queue.running if self.step - self.version_of[n] <= self.bound]
+        still_open = [*self.queue.pending, *hopeful]
         assert max(numbers) < min(still_open, default=self.queue.next_number) + self.queue.window
         self.consumed += numbers
         self.staleness += ages
@@ -238,3 +240,17 @@ def test_what_went_stale_is_replaced_by_a_new_draw() -> None:
     queue.finish(0, 0)
     assert queue.take(2) == (None, [0]), "drawn under version 0, and too old for step 2"
     assert queue.start(2, 9) == 3
+
+
+def test_a_straggler_that_can_only_go_stale_holds_nobody_up() -> None:
+    queue = GroupQueue(groups_per_step=1, max_staleness=1, window=2)
+    assert [queue.start(0, 9) for _ in range(2)] == [0, 1]
+    queue.finish(1, 0)
+    assert queue.take(0) == ([1], [])
+    assert queue.start(1, 9) == 2
+    queue.finish(2, 1)
+    assert queue.take(1) == (None, []), "group 0 may still be consumed, and 2 lies beyond its window"
+    assert queue.oldest_open(1) == 0 and queue.oldest_open(2) == 3
+    assert queue.take(2) == ([2], [])
+    queue.finish(0, 0)
+    assert queue.take(3) == (None, [0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from shoal.broadcast.publisher import Publisher, write_snapshot
 from shoal.broadcast.store import Store
 from shoal.config import config_from
+from shoal.coordinator.admission import Admission
 from shoal.coordinator.control import Control
 from shoal.coordinator.rundir import RunDir
 from shoal.coordinator.service import Coordinator
@@ -22,10 +24,12 @@ from shoal.engine.source import LocalModel
 from shoal.engine.weights import to_views
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
+from shoal.fabric.join import invitation_of
 from shoal.protocol.codec import encode
+from shoal.protocol.roster import SwarmRole
 from shoal.protocol.work import BatchReply, BatchRequest, StepReply, StepReport
 from shoal.rollout.host import WorkerOptions, working
-from shoal.rollout.link import RunLink, join
+from shoal.rollout.link import taking_part
 from shoal.rollout.worker import Worker
 from tiny import tiny_config, tiny_model
 
@@ -69,17 +73,21 @@ class TestRun:
         self.control = Control(self.config, make_environments(self.config), self.run)
         self.fabric = await self._stack.enter_async_context(await Fabric.listen(self.identity, port=self.port))
         self.port = int(self.fabric.endpoints[0].rpartition(":")[2])
-        self.coordinator = Coordinator(
-            self.config, self.control, self.run, self.fabric, learner_key=self.learner.public_key, secret=SECRET
-        )
+        self.admission = Admission.of(self.run)
+        if self.admission.invites.find(invitation_of(SECRET)) is None:
+            roles: tuple[SwarmRole, ...] = ("learner", "worker", "observer")
+            self.admission.invites.issue(roles, time.time(), life_s=3600.0, max_uses=64, secret=SECRET)
+        self.coordinator = Coordinator(self.config, self.control, self.run, self.fabric, self.admission)
         await self.coordinator.start()
         self._stack.push_async_callback(self.coordinator.close)
         self.ticket = self.fabric.ticket(self.run.name, SECRET)
         self.learner_fabric = await self._stack.enter_async_context(await Fabric.connect(self.learner, self.ticket))
-        await join(self.learner_fabric, self.ticket, "learner", "learner", device="cpu", threads=1)
-        self.link = RunLink(self.learner_fabric, self.ticket, "learner", "learner")
+        part = await self._stack.enter_async_context(
+            taking_part(self.learner_fabric, self.ticket, "learner", "learner")
+        )
+        self.link, self.member = part.link, part.member
         self.store = Store(self.run.path / "snapshots", run=self.run.name, trusted_key=self.learner.public_key)
-        self.publisher = Publisher(self.learner_fabric, self.store)
+        self.publisher = Publisher(self.learner_fabric, self.store, allow=self.member.is_granted)
         await self.publisher.start()
 
     async def stop(self) -> None:

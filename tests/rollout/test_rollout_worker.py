@@ -21,10 +21,11 @@ from shoal.fabric.identity import Identity, data_dir
 from shoal.fabric.join import make_join_request
 from shoal.fabric.ticket import Ticket
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.node import JoinReply, NodeRole
+from shoal.protocol.node import JoinReply
+from shoal.protocol.roster import SwarmRole
 from shoal.protocol.sampling import SampleRequest, SamplingParams
 from shoal.protocol.work import BatchRequest, LeaseRequest, StepReply, StepReport
-from shoal.rollout import worker as worker_module
+from shoal.rollout import patience
 from shoal.rollout.link import RunLink, join
 
 Make = Callable[..., Awaitable[Any]]
@@ -232,7 +233,7 @@ async def test_questions_asked_at_once_introduce_a_node_once(make_run: Make) -> 
 
 
 async def test_a_silent_coordinator_is_given_up(make_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "LOST_AFTER_S", 2.0)
+    monkeypatch.setattr(patience, "LOST_AFTER_S", 2.0)
     run = await make_run()
     async with run.worker("ann") as worker:
         acting = asyncio.create_task(worker.run())
@@ -247,7 +248,7 @@ async def test_a_silent_coordinator_is_given_up(make_run: Make, monkeypatch: pyt
 async def test_who_may_not_join_hears_why(make_run: Make) -> None:
     run = await make_run()
 
-    async def refusal(ticket: Ticket, role: NodeRole = "worker") -> str:
+    async def refusal(ticket: Ticket, role: SwarmRole = "worker") -> str:
         async with await Fabric.connect(Identity.generate(), run.ticket) as fabric:
             with pytest.raises(JoinRefused) as caught:
                 await join(fabric, ticket, role, "eve", device="cpu", threads=1)
@@ -289,7 +290,8 @@ async def test_strangers_and_workers_may_not_do_the_learners_part(make_run: Make
                     continue
                 with pytest.raises(RemoteError) as caught:
                     await fabric.request(f"run/{verb}", encode(message), 5.0, to=run.fabric.identity.public_key)
-                assert caught.value.kind == "stranger"
+                assert caught.value.kind == ("refused" if joined else "stranger")
+                assert not joined or "may not act as learner" in str(caught.value)
     assert run.control.version == 0
 
 

@@ -11,11 +11,12 @@ import msgspec
 from shoal import PROTOCOL_VERSION, __version__
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
+from shoal.fabric.sealing import SealingKey
 from shoal.protocol.roster import NodeRecord, SignedRecord, SwarmRole
-from shoal.swarm.gossip import DEFAULT_PACE, Gossip, Pace
+from shoal.swarm.gossip import Gossip
 from shoal.swarm.grants import ALL_ROLES, GrantBook, issue
+from shoal.swarm.pace import DEFAULT_PACE, Pace
 from shoal.swarm.roster import Roster
-from shoal.swarm.sealing import SealingKey
 from shoal.swarm.signing import sign
 
 RUN = "a run"

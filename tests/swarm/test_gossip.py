@@ -19,8 +19,9 @@ from shoal.fabric.service import Request
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.roster import Bundle, Evidence, SignedRecord, SyncReply, SyncRequest
 from shoal.swarm.exchange import sync_key
-from shoal.swarm.gossip import Gossip, Pace, swarm_prefix
+from shoal.swarm.gossip import Gossip, swarm_prefix
 from shoal.swarm.grants import GrantBook
+from shoal.swarm.pace import Pace
 from shoal.swarm.roster import Roster
 
 Eventually = Callable[[Callable[[], object]], Awaitable[None]]

@@ -2,12 +2,14 @@
 
 Pure. Invariants: `open_manifest` returns a manifest only if the trusted key signed these very bytes for this run;
 `follows` holds only for a later version of the same model whose parent hash is the hash of the parent's bytes, so
-that a signer cannot quietly rewrite history that a node has seen.
+that a signer cannot quietly rewrite history that a node has seen; a `Route` leads from what a node holds, or from
+whole bytes, to the version asked for over changes that follow each other without a gap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from blake3 import blake3
@@ -16,10 +18,11 @@ from shoal.broadcast.tensors import TensorView, chunks_of
 from shoal.errors import RecordError
 from shoal.fabric.identity import Identity, verify
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.snapshot import Manifest, SignedManifest, TensorEntry
+from shoal.protocol.snapshot import Body, Manifest, SignedManifest, TensorEntry
 
-CHUNK_BYTES = 4 * 2**20
-"""Large enough that a request's cost vanishes, small enough that a lost one is cheap to repeat."""
+CHUNK_BYTES = 128 * 2**10
+"""Small enough that a node passes a chunk on while the rest is still to come (at 5 Mb/s one takes 0.2 s), large enough
+that its hash and its request are nothing beside it."""
 
 DOMAIN = b"shoal manifest 1"
 
@@ -32,6 +35,38 @@ class Published(NamedTuple):
     hash: bytes
 
 
+class Route(NamedTuple):
+    """How to come to a version: from the whole bytes of `begin`, or else from a version that is held already, over
+    the changes of each of `changes` in turn."""
+
+    begin: Published | None
+    changes: tuple[Published, ...]
+
+    @property
+    def versions(self) -> tuple[Published, ...]:
+        """Those on the way, the one asked for last; none if it is held already."""
+        return (*([] if self.begin is None else [self.begin]), *self.changes)
+
+    @property
+    def bodies(self) -> Iterator[Body]:
+        """What must be fetched, in the order in which it is needed."""
+        if self.begin is not None:
+            assert self.begin.manifest.whole is not None
+            yield self.begin.manifest.whole
+        for published in self.changes:
+            assert published.manifest.change is not None
+            yield published.manifest.change
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(body.num_bytes for body in self.bodies)
+
+
+def entry_of(name: str, view: TensorView) -> TensorEntry:
+    """What a manifest says of a tensor."""
+    return TensorEntry(name=name, dtype=view.dtype, shape=view.shape, hash=blake3(view.data).digest())
+
+
 def build_manifest(
     run: str,
     model: str,
@@ -41,19 +76,17 @@ def build_manifest(
     *,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Manifest:
-    """The manifest of a whole snapshot; reads every byte twice (per chunk and per tensor)."""
-    entries = tuple(
-        TensorEntry(
-            name=name,
-            dtype=view.dtype,
-            shape=view.shape,
-            chunk_bytes=chunk_bytes,
-            chunks=tuple(blake3(chunk).digest() for chunk in chunks_of(view.data, chunk_bytes)),
-            hash=blake3(view.data).digest(),
-        )
-        for name, view in sorted(tensors.items())
+    """The manifest of a whole snapshot."""
+    views = dict(sorted(tensors.items()))
+    whole = Body(
+        sizes=tuple(view.num_bytes for view in views.values()),
+        chunk_bytes=chunk_bytes,
+        chunks=tuple(
+            blake3(chunk).digest() for chunk in chunks_of((view.data for view in views.values()), chunk_bytes)
+        ),
     )
-    manifest = Manifest(run=run, model=model, version=version, kind="anchor", parent=parent_hash, tensors=entries)
+    entries = tuple(entry_of(name, view) for name, view in views.items())
+    manifest = Manifest(run=run, model=model, version=version, parent=parent_hash, tensors=entries, whole=whole)
     manifest.check()
     return manifest
 
@@ -93,3 +126,45 @@ def follows(parent: Published, child: Manifest) -> bool:
         and child.version > parent.manifest.version
         and child.parent == parent.hash
     )
+
+
+def check_chain(part: Sequence[Published]) -> None:
+    """Refuse manifests, newest first, that do not each follow the next one.
+
+    Raises:
+        RecordError: as it says.
+    """
+    for child, parent in pairwise(part):
+        if not follows(parent, child.manifest):
+            raise RecordError(
+                f"version {child.manifest.version} does not follow version {parent.manifest.version} on the chain."
+            )
+
+
+def find_route(part: Sequence[Published], held: Published | None) -> Route | None:
+    """The cheapest way to the first of `part` (a chain, newest first) for a node that holds `held`.
+
+    `None` if there is no way: the chain ends before it reaches whole bytes, or what is held.
+    """
+    routes: list[Route] = []
+    changes: list[Published] = []
+    for published in part:
+        if held is not None and published.hash == held.hash:
+            routes.append(Route(None, tuple(changes)))
+        if published.manifest.whole is not None:
+            routes.append(Route(published, tuple(changes)))
+        if published.manifest.change is None:
+            break
+        changes.insert(0, published)
+        if held is not None and published.manifest.parent == held.hash and _keeps_layout(held, published):
+            routes.append(Route(None, tuple(changes)))
+    return min((route for route in routes if _is_sound(route)), key=lambda route: route.num_bytes, default=None)
+
+
+def _is_sound(route: Route) -> bool:
+    """Whether no change on the way begins from tensors of another layout."""
+    return all(_keeps_layout(parent, child) for parent, child in pairwise(route.versions))
+
+
+def _keeps_layout(parent: Published, child: Published) -> bool:
+    return [t.layout for t in parent.manifest.tensors] == [t.layout for t in child.manifest.tensors]

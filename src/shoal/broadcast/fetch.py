@@ -1,8 +1,13 @@
-"""The receiving side: the chunks that are missing, several at a time, each verified, until the snapshot is whole.
+"""The receiving side: the way from what is held to a version, the chunks that are missing, the tensors.
+
+    chain of manifests ─▶ route ─▶ missing chunks, several at a time, each verified ─▶ store ─▶ tensors, verified
+
+A fetcher keeps the tensors that it handed out last and turns them into the next version in place, by the changes
+between; a node that holds nothing begins at whole bytes. Whichever way is shorter is taken.
 
 Invariants: a chunk enters the store only after its hash was found right; tensors are handed out only when all are
-here and each tensor's own hash is right; a manifest offered as the newest is refused if a newer one is known (an old
-one signed long ago stays old). What an earlier version left in the store is not fetched again.
+here and each tensor's own hash is what the signed manifest says; a manifest offered as the newest is refused if a
+newer one is known (an old one signed long ago stays old). What the store has already is not fetched again.
 
 The wait depends on progress: a fetch ends in error only when no chunk arrived for as long as the slowest acceptable
 link would need for what is in flight. A source that sends wrong bytes is blamed, and left alone after
@@ -14,27 +19,32 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from blake3 import blake3
 
-from shoal.broadcast.chain import Published, open_manifest
-from shoal.broadcast.publisher import LATEST, ChunkGone
+from shoal.broadcast.chain import Published, Route, check_chain, find_route, open_manifest
+from shoal.broadcast.gather import Gathering
+from shoal.broadcast.image import Image
+from shoal.broadcast.peers import peers_of, source_only
+from shoal.broadcast.publisher import LATEST, MAX_CHAIN_BYTES, NOTHING, ChunkGone
+from shoal.broadcast.relay import Relay
 from shoal.broadcast.store import Store
-from shoal.broadcast.tensors import TensorView, view_of
+from shoal.broadcast.tensors import TensorView
 from shoal.errors import NetworkError, RecordError, StorageError
 from shoal.fabric.errors import RemoteError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
-from shoal.protocol.codec import decode
-from shoal.protocol.snapshot import MAX_CHUNK_BYTES, Manifest, SignedManifest
+from shoal.fabric.waits import waiting
+from shoal.protocol.codec import decode, encode
+from shoal.protocol.snapshot import ChainPart, Manifest, PeerList, PeerRecord
 
 log = logging.getLogger("shoal.broadcast")
 
-CHUNKS_IN_FLIGHT = 4
-"""Enough to fill a link of 200 Mb/s and 50 ms with chunks of 4 MiB many times over."""
+CHUNKS_IN_FLIGHT = 24
+"""Enough to fill a link of 200 Mb/s and 50 ms one way with chunks of 128 KiB."""
 
 MIN_BYTES_PER_S = 64 * 1024
 """A slower link is taken for a dead one."""
@@ -45,7 +55,7 @@ PATIENCE_S = 10.0
 MANIFEST_DEADLINE_S = 30.0
 BUSY_RETRY_S = 0.2
 MAX_BLAME = 3
-MAX_MANIFEST_BYTES = 64 * 2**20
+MAX_ANSWER_BYTES = MAX_CHAIN_BYTES + 2**20
 MAX_ROUNDS = 3
 """Times that chunks are fetched again after they turned out damaged on this node's own disk."""
 
@@ -67,6 +77,7 @@ class Snapshot(NamedTuple):
 
     published: Published
     tensors: dict[str, TensorView]
+    """Valid until the fetcher's next fetch, which turns them into another version."""
 
     @property
     def version(self) -> int:
@@ -80,6 +91,8 @@ class Fetcher:
         sources: public keys of nodes that serve the chain, in the order in which to ask them.
         local: a store's directory on this machine from which chunks may be read (and verified) instead of fetched.
         keep: versions kept in the store after a fetch.
+        record: given, chunks are taken over direct links, from other nodes too; it says what this node can do.
+        relay: passes on what is fetched; listens where `record` says.
     """
 
     def __init__(
@@ -91,6 +104,8 @@ class Fetcher:
         *,
         local: Path | None = None,
         keep: int = 2,
+        relay: Relay | None = None,
+        record: PeerRecord | None = None,
     ) -> None:
         assert sources
         self._fabric = fabric
@@ -103,35 +118,14 @@ class Fetcher:
         self._bad_locally: set[bytes] = set()
         self._keep = keep
         self._newest = -1
+        self._image = Image(self._chunk)
+        self._relay = relay
+        self._record = record
+        self.received: Counter[str] = Counter()
+        """Bytes that came over direct links, by node id of who sent them."""
         self.blame: Counter[str] = Counter()
         """Wrong chunks and manifests received, by node id of the source."""
         self.bytes_fetched = 0
-
-    async def manifest(self, version: int | None = None) -> Published:
-        """The manifest of `version`, or of the newest one that a source offers.
-
-        Raises:
-            SnapshotGone: no source has it.
-            RecordError: what was offered is not on the signed chain, or is older than what is known already.
-            NetworkError: no source answered.
-        """
-        failure: RecordError | NetworkError = SnapshotGone(
-            f"no source offers {self._wanted(version)}.", "Wait for the learner to publish."
-        )
-        for source in self._sources:
-            key = f"node/{node_id_of(source)}/manifest/{self._model}/{LATEST if version is None else version}"
-            try:
-                data = await self._fabric.request(
-                    key, b"", MANIFEST_DEADLINE_S, to=source, max_reply_bytes=MAX_MANIFEST_BYTES
-                )
-                if data:
-                    return await asyncio.to_thread(self._check_offer, data, version)
-            except RecordError as error:
-                self.blame[node_id_of(source)] += 1
-                failure = error
-            except NetworkError as error:
-                failure = error
-        raise failure
 
     async def fetch(
         self, version: int | None = None, *, on_progress: Callable[[Progress], None] | None = None
@@ -144,26 +138,74 @@ class Fetcher:
             NetworkError: no progress.
             StorageError: this node's disk is full or faulty.
         """
-        published = await self.manifest(version)
+        part, route = await self._find_route(version)
         for _ in range(MAX_ROUNDS):
-            missing = await asyncio.to_thread(self._missing, published.manifest)
+            missing = await asyncio.to_thread(self._missing, route)
+            if missing and self._record is not None:
+                await self._gather(part[0].manifest, missing, on_progress)
+                missing = await asyncio.to_thread(self._missing, route)
             if missing:
-                await self._fetch_chunks(published.manifest.version, missing, on_progress)
-            snapshot = await asyncio.to_thread(self._assemble, published)
-            if snapshot is not None:
-                await asyncio.to_thread(self._keep_snapshot, published)
-                self._newest = max(self._newest, snapshot.version)
-                return snapshot
+                await self._fetch_chunks(part[0].manifest.version, missing, on_progress)
+            tensors = await asyncio.to_thread(self._image.become, part[0], route)
+            if tensors is not None:
+                await asyncio.to_thread(self._keep_snapshot, route)
+                self._newest = max(self._newest, part[0].manifest.version)
+                return Snapshot(part[0], tensors)
+            # A chunk was damaged on a disk here: go on from as far as it went.
+            found = find_route(part, self._image.published)
+            if found is None:
+                part, found = await self._find_route(version)
+            route = found
         raise StorageError(
             f"chunks in {self._store.directory} are damaged as soon as they are written.", "Check the disk."
         )
 
+    async def _find_route(self, version: int | None) -> tuple[list[Published], Route]:
+        """The chain down from `version`, or from the newest that a source offers, and the way along it.
+
+        Raises:
+            SnapshotGone: no source has it.
+            RecordError: what was offered is not on the signed chain, or is older than what is known already.
+            NetworkError: no source answered.
+        """
+        failure: RecordError | NetworkError = SnapshotGone(
+            f"no source offers {self._wanted(version)}.", "Wait for the learner to publish."
+        )
+        held = self._image.published
+        for source in self._sources:
+            # Where the chain does not lead back to what is held, the way begins at whole bytes.
+            for since in [NOTHING] if held is None else [str(held.manifest.version), NOTHING]:
+                try:
+                    part = await self._ask_chain(source, version, since)
+                    route = find_route(part, held) if part else None
+                    if route is not None:
+                        return part, route
+                except RecordError as error:
+                    self.blame[node_id_of(source)] += 1
+                    failure = error
+                except NetworkError as error:
+                    failure = error
+        raise failure
+
+    async def _ask_chain(self, source: bytes, version: int | None, since: str) -> list[Published]:
+        wanted = LATEST if version is None else version
+        key = f"node/{node_id_of(source)}/chain/{self._model}/{wanted}/{since}"
+        with waiting(f"the manifests of {self._wanted(version)}", whom=source, deadline_s=MANIFEST_DEADLINE_S):
+            data = await self._fabric.request(
+                key, b"", MANIFEST_DEADLINE_S, to=source, max_reply_bytes=MAX_ANSWER_BYTES
+            )
+        return await asyncio.to_thread(self._check_offer, data, version)
+
     def _wanted(self, version: int | None) -> str:
         return f"{self._model!r} version {'newest' if version is None else version}"
 
-    def _check_offer(self, data: bytes, version: int | None) -> Published:
-        published = open_manifest(decode(data, SignedManifest), self._store.trusted_key, self._store.run)
-        offered = published.manifest
+    def _check_offer(self, data: bytes, version: int | None) -> list[Published]:
+        offer = decode(data, ChainPart, max_bytes=MAX_ANSWER_BYTES)
+        part = [open_manifest(signed, self._store.trusted_key, self._store.run) for signed in offer.manifests]
+        if not part:
+            return part
+        check_chain(part)
+        offered = part[0].manifest
         if offered.model != self._model or (version is not None and offered.version != version):
             raise RecordError(
                 f"asked for {self._wanted(version)}, a source offers {offered.model!r} version {offered.version}."
@@ -172,35 +214,93 @@ class Fetcher:
         known = max(self._newest, kept.manifest.version if kept else -1)
         if version is None and offered.version < known:
             raise RecordError(f"a source offers version {offered.version} as the newest, but {known} is known.")
-        if kept is not None and kept.manifest.version == offered.version and kept.hash != published.hash:
+        if kept is not None and kept.manifest.version == offered.version and kept.hash != part[0].hash:
             raise RecordError(f"a source offers another version {offered.version} than the one kept here.")
-        return published
+        return part
 
-    def _missing(self, manifest: Manifest) -> dict[bytes, int]:
-        """Hashes of the chunks that are on no disk here, with their sizes."""
-        missing: dict[bytes, int] = {}
-        for entry in manifest.tensors:
-            for index, digest in enumerate(entry.chunks):
-                if not self._store.has(digest) and not self._has_locally(digest):
-                    missing[digest] = min(entry.chunk_bytes, entry.num_bytes - index * entry.chunk_bytes)
-        return missing
+    def _missing(self, route: Route) -> dict[bytes, int]:
+        """Hashes of the chunks that are on no disk here, with their sizes, in the order of their use."""
+        return {
+            digest: size
+            for body in route.bodies
+            for digest, size in body.chunk_sizes()
+            if not self._store.has(digest) and not self._has_locally(digest)
+        }
 
     def _has_locally(self, digest: bytes) -> bool:
         return self._local is not None and digest not in self._bad_locally and self._local.has(digest)
 
+    async def introduce(self) -> None:
+        """Tell the source that this node is there, so that the next version is planned with it.
+
+        Raises:
+            NetworkError: it does not answer.
+        """
+        await self._ask_peers(NOTHING)
+
+    async def _ask_peers(self, version: str) -> PeerList | None:
+        """Those with whom a version is shared; `None` where the source wants chunks to be asked of itself."""
+        assert self._record is not None
+        source = self._sources[0]
+        key = f"node/{node_id_of(source)}/peers/{self._model}/{version}"
+        with waiting(f"the peers of version {version}", whom=source, deadline_s=MANIFEST_DEADLINE_S):
+            data = await self._fabric.request(key, encode(self._record), MANIFEST_DEADLINE_S, to=source)
+        return decode(data, PeerList) if data else None
+
+    async def _gather(
+        self, target: Manifest, missing: dict[bytes, int], on_progress: Callable[[Progress], None] | None
+    ) -> None:
+        """Fetch over direct links what can be had so; whatever goes wrong there is left to `_fetch_chunks`."""
+        try:
+            listed = await self._ask_peers(str(target.version))
+        except (NetworkError, RecordError) as error:
+            log.warning("no peers are known: %s", error.problem)
+            return
+        if listed is None:
+            return
+        total, done = sum(missing.values()), 0
+
+        def on_chunk(digest: bytes, data: bytes) -> None:
+            nonlocal done
+            done += len(data)
+            self.bytes_fetched += len(data)
+            if self._relay is not None:
+                self._relay.arrived(digest, data)
+            if on_progress is not None:
+                on_progress(Progress(target.version, done, total))
+
+        own = self._fabric.identity
+        # All who follow the chain are fetching this one now; what else is missing only the source is sure to have.
+        shared = dict((target.change or target.bodies[0]).chunk_sizes())
+        alone = {digest: size for digest, size in missing.items() if digest not in shared}
+        parts = [
+            (alone, source_only(listed, own.public_key, len(alone))),
+            (shared, peers_of(listed, own.public_key, len(shared))),
+        ]
+        for sizes, peers in parts:
+            if not sizes.keys() & missing.keys():
+                continue
+            try:
+                with waiting(f"the chunks of version {target.version}", whom=self._sources[0]):
+                    await Gathering(
+                        own, self._store, sizes, peers, on_chunk, blame=self.blame, received=self.received
+                    ).run()
+            except NetworkError as error:
+                log.warning("version %d is asked of its source alone: %s", target.version, error.problem)
+
     async def _fetch_chunks(
         self, version: int, missing: dict[bytes, int], on_progress: Callable[[Progress], None] | None
     ) -> None:
-        todo = asyncio.Queue[tuple[bytes, int]]()
-        for item in missing.items():
-            todo.put_nowait(item)
+        todo = asyncio.Queue[tuple[int, bytes, int]]()
+        for number, (digest, size) in enumerate(missing.items(), start=1):
+            todo.put_nowait((number, digest, size))
         total, done = sum(missing.values()), 0
 
         async def work() -> None:
             nonlocal done
             while not todo.empty():
-                digest, size = todo.get_nowait()
-                await self._fetch_chunk(digest, size)
+                number, digest, size = todo.get_nowait()
+                await self._fetch_chunk(f"chunk {number} of {len(missing)} of version {version}", digest, size)
                 done += size
                 if on_progress is not None:
                     on_progress(Progress(version, done, total))
@@ -212,16 +312,21 @@ class Fetcher:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _fetch_chunk(self, digest: bytes, size: int) -> None:
+    async def _fetch_chunk(self, what: str, digest: bytes, size: int) -> None:
         # All chunks in flight share the link, so each may take as long as all of them together.
-        patience_s = PATIENCE_S + CHUNKS_IN_FLIGHT * MAX_CHUNK_BYTES / MIN_BYTES_PER_S * (size / MAX_CHUNK_BYTES)
+        patience_s = PATIENCE_S + CHUNKS_IN_FLIGHT * size / MIN_BYTES_PER_S
+        deadline = asyncio.get_running_loop().time() + patience_s
+        with waiting(what, whom=self._sources[0], deadline_s=patience_s) as wait:
+            await self._take_from_any(wait, digest, size, deadline)
+
+    async def _take_from_any(self, wait: waiting, digest: bytes, size: int, deadline: float) -> None:
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + patience_s
         failure: RecordError | NetworkError = NetworkError("no source is left.")
         while (remaining := deadline - loop.time()) > 0:
             sources = self._trusted_sources()
             num_gone = 0
             for source in sources:
+                wait.whom = source
                 try:
                     await self._take(source, digest, size, max(1.0, remaining / len(sources)))
                     return
@@ -248,41 +353,23 @@ class Fetcher:
 
     async def _take(self, source: bytes, digest: bytes, size: int, deadline_s: float) -> None:
         key = f"node/{node_id_of(source)}/chunk/{digest.hex()}"
-        data = await self._fabric.request(key, b"", deadline_s, to=source, max_reply_bytes=MAX_CHUNK_BYTES)
+        data = await self._fabric.request(key, b"", deadline_s, to=source, max_reply_bytes=size)
         if len(data) != size or await asyncio.to_thread(lambda: blake3(data).digest()) != digest:
             raise RecordError(f"bytes sent as chunk {digest.hex()[:16]}… have another hash.")
         await asyncio.to_thread(self._store.put_chunk, data, digest)
         self.bytes_fetched += size
 
-    def _assemble(self, published: Published) -> Snapshot | None:
-        """All tensors, or `None` if a chunk turned out damaged or gone."""
-        tensors: dict[str, TensorView] = {}
-        for entry in published.manifest.tensors:
-            data = self._join(entry.num_bytes, entry.chunks)
-            if data is None:
-                return None
-            if blake3(data).digest() != entry.hash:
-                # Every chunk was right, so the signed manifest contradicts itself.
-                raise RecordError(f"tensor {entry.name!r} does not have the hash that its manifest gives.")
-            tensors[entry.name] = view_of(entry.dtype, entry.shape, data)
-        return Snapshot(published, tensors)
+    def _chunk(self, digest: bytes) -> bytes | None:
+        chunk = self._store.get_chunk(digest)
+        if chunk is None and self._local is not None:
+            chunk = self._local.get_chunk(digest)
+            if chunk is None:
+                self._bad_locally.add(digest)  # Fetched in the next round.
+        return chunk
 
-    def _join(self, num_bytes: int, digests: Iterable[bytes]) -> bytearray | None:
-        data, position = bytearray(num_bytes), 0
-        for digest in digests:
-            chunk = self._store.get_chunk(digest)
-            if chunk is None and self._local is not None:
-                chunk = self._local.get_chunk(digest)
-                if chunk is None:
-                    self._bad_locally.add(digest)  # Fetched in the next round.
-            if chunk is None or position + len(chunk) > num_bytes:
-                return None
-            data[position : position + len(chunk)] = chunk
-            position += len(chunk)
-        return data if position == num_bytes else None
-
-    def _keep_snapshot(self, published: Published) -> None:
+    def _keep_snapshot(self, route: Route) -> None:
         # What was read from the local store is not copied, so its manifest is not kept here either.
-        if all(self._store.has(digest) for entry in published.manifest.tensors for digest in entry.chunks):
-            self._store.put_manifest(published.signed)
-            self._store.prune(self._model, self._keep)
+        for published in route.versions:
+            if any(self._store.has_body(body) for body in published.manifest.bodies):
+                self._store.put_manifest(published.signed)
+        self._store.prune(self._model, self._keep)

@@ -5,9 +5,10 @@
     DIR/new/                 files being written
 
 Invariants: a file appears whole or not at all (written in `new`, then renamed), so a process killed at any moment
-leaves a valid store; a manifest appears only after all its chunks; bytes that come out were verified on the way out,
-and damaged files are removed and counted, as if they had never been there; only manifests signed by the trusted key
-for this run go in or come out. Blocking calls: use a thread from asyncio. Thread-safe.
+leaves a valid store; a manifest appears only after all chunks of one of its bodies; what a kept version is made from
+(its change, its parent's, … down to whole bytes) is kept as long as it is; bytes that come out were verified on the
+way out, and damaged files are removed and counted, as if they had never been there; only manifests signed by the
+trusted key for this run go in or come out. Blocking calls: use a thread from asyncio. Thread-safe.
 
 Several processes may read a directory; one writes and prunes it, because what one process is about to name in a
 manifest another's `prune` cannot know.
@@ -31,12 +32,15 @@ from blake3 import blake3
 from shoal.broadcast.chain import Published, follows, open_manifest
 from shoal.errors import RecordError, StorageError
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.snapshot import HASH_BYTES, SignedManifest
+from shoal.protocol.snapshot import HASH_BYTES, Body, SignedManifest
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 VERSION_DIGITS = 12
 ABANDONED_AFTER_S = 3600.0
 """A file left in `new` for this long belongs to a dead writer."""
+
+MAX_CHAIN = 512
+"""Most manifests given at once; a chain between two anchors is much shorter."""
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -104,7 +108,7 @@ class Store:
         return self._chunk_path(digest).exists()
 
     def put_manifest(self, signed: SignedManifest) -> Published:
-        """Keep a manifest whose chunks are all here.
+        """Keep a manifest; all chunks of its change, or of its whole tensors, must be here.
 
         Raises:
             RecordError: not signed for this run, not following its parent, or in conflict with a version kept.
@@ -119,7 +123,7 @@ class Store:
             parent = self.manifest(manifest.model, older)
             if parent is not None and parent.hash == manifest.parent and not follows(parent, manifest):
                 raise RecordError(f"version {manifest.version} of {manifest.model!r} does not follow its parent.")
-        missing = sum(not self.has(digest) for entry in manifest.tensors for digest in entry.chunks)
+        missing = min(sum(not self.has(digest) for digest in body.chunks) for body in manifest.bodies)
         if missing:
             raise StorageError(
                 f"version {manifest.version} of {manifest.model!r} lacks {missing} chunks in {self.directory}.",
@@ -128,9 +132,29 @@ class Store:
         if kept is None:
             self._write(self._manifest_path(manifest.model, manifest.version), encode(signed))
         with self._lock:
-            for entry in manifest.tensors:
-                self._unnamed.difference_update(entry.chunks)
+            for body in manifest.bodies:
+                self._unnamed.difference_update(body.chunks)
         return published
+
+    def has_body(self, body: Body) -> bool:
+        """Whether all its chunks are here."""
+        return all(self.has(digest) for digest in body.chunks)
+
+    def chain(self, model: str, version: int, *, since: int = -1, limit: int = MAX_CHAIN) -> list[Published]:
+        """Manifests from `version` back, newest first: down to the one after `since` or, where that is -1, to the
+        first with whole bytes. As far as they are here, and at most `limit`."""
+        found: list[Published] = []
+        older = [v for v in self.versions(model) if v <= version]
+        while older and len(found) < limit:
+            published = self.manifest(model, older.pop())
+            if published is None or (not found and published.manifest.version != version):
+                break
+            if found and (published.hash != found[-1].manifest.parent or published.manifest.version <= since):
+                break
+            found.append(published)
+            if since < 0 and published.manifest.is_anchor:
+                break
+        return found
 
     def manifest(self, model: str, version: int) -> Published | None:
         """The manifest of one version, checked; `None` if it is not here."""
@@ -171,17 +195,23 @@ class Store:
         return None
 
     def prune(self, model: str, keep: int) -> int:
-        """Drop all but the newest `keep` versions of `model`, and chunks that no manifest names; count the chunks."""
+        """Drop all but the newest `keep` versions of `model` and what they are made from, and chunks that no manifest
+        names; count the chunks."""
         assert keep >= 1
         with self._telling_errors(), self._lock:
-            for version in self.versions(model)[:-keep]:
-                self._manifest_path(model, version).unlink(missing_ok=True)
+            versions = self.versions(model)
+            needed = set(versions[-keep:])
+            if needed:
+                needed.update(p.manifest.version for p in self.chain(model, min(needed)))
+            for version in versions:
+                if version not in needed:
+                    self._manifest_path(model, version).unlink(missing_ok=True)
             named = set(self._unnamed)
             for directory in (self.directory / "manifests").iterdir():
                 for version in self.versions(directory.name):
                     published = self.manifest(directory.name, version)
                     if published is not None:
-                        named.update(digest for entry in published.manifest.tensors for digest in entry.chunks)
+                        named.update(digest for body in published.manifest.bodies for digest in body.chunks)
             kept_names = {digest.hex() for digest in named}
             dropped = [path for path in (self.directory / "chunks").glob("??/*") if path.name not in kept_names]
             for path in dropped:
@@ -214,8 +244,11 @@ class Store:
                     file.flush()
                     if self._durable:
                         os.fsync(file.fileno())
-                path.parent.mkdir(exist_ok=True)
-                os.replace(aside, path)
+                try:
+                    os.replace(aside, path)
+                except FileNotFoundError:  # the first chunk in its folder
+                    path.parent.mkdir(exist_ok=True)
+                    os.replace(aside, path)
             except BaseException:
                 aside.unlink(missing_ok=True)
                 raise

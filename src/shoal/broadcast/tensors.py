@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from shoal.protocol.snapshot import DTYPE_BYTES, DType
@@ -20,6 +20,11 @@ class TensorView(NamedTuple):
     def num_bytes(self) -> int:
         return self.data.nbytes
 
+    @property
+    def layout(self) -> tuple[DType, tuple[int, ...]]:
+        """All but the content."""
+        return self.dtype, self.shape
+
 
 def view_of(dtype: DType, shape: tuple[int, ...], buffer: bytes | bytearray | memoryview) -> TensorView:
     """A view of `buffer`, which must be contiguous and exactly as large as the type and shape say."""
@@ -30,7 +35,17 @@ def view_of(dtype: DType, shape: tuple[int, ...], buffer: bytes | bytearray | me
     return TensorView(dtype, tuple(shape), data)
 
 
-def chunks_of(data: memoryview, chunk_bytes: int) -> Iterator[memoryview]:
-    """`data` in pieces of `chunk_bytes`, the last one shorter."""
-    for start in range(0, data.nbytes, chunk_bytes):
-        yield data[start : start + chunk_bytes]
+def chunks_of(parts: Iterable[bytes | memoryview], chunk_bytes: int) -> Iterator[bytes]:
+    """The stream that `parts` make one after the other, in pieces of `chunk_bytes`, the last one shorter."""
+    chunk = bytearray()
+    for part in parts:
+        at = 0
+        while at < len(part):
+            taken = min(len(part) - at, chunk_bytes - len(chunk))
+            chunk += part[at : at + taken]
+            at += taken
+            if len(chunk) == chunk_bytes:
+                yield bytes(chunk)
+                chunk.clear()
+    if chunk:
+        yield bytes(chunk)

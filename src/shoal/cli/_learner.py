@@ -19,5 +19,5 @@ def run(directory: str, /) -> None:
 
     path = Path(directory)
     config = load_config(str(path / "config.toml"), [])
-    ticket = Ticket.decode((path / "ticket.txt").read_text())
+    ticket = Ticket.decode((path / "own-ticket.txt").read_text())
     asyncio.run(run_learner(config, path, ticket))

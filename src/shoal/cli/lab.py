@@ -22,18 +22,20 @@ RATE_TOLERANCE = DELAY_TOLERANCE = 0.05
 
 
 @app.command
-def up(file: Path, /, *, play: Flag = False, json: Json = False) -> None:
+def up(file: Path, /, *, play: Flag = False, capture: Path | None = None, json: Json = False) -> None:
     """Build a network, print its namespaces, and keep it until Ctrl-C.
 
     For example:
 
         shoal lab up net.toml --play
+        shoal lab up net.toml --capture packets
 
     Args:
         file: Description of the network.
         play: Play the file's script of cuts, from now.
+        capture: Folder into which every node's packets go as NODE.pcap, for tcpdump and Wireshark.
     """
-    asyncio.run(_up(file, play, json))
+    asyncio.run(_up(file, play, capture, json))
 
 
 @app.command(name="exec")
@@ -93,7 +95,7 @@ def measure(file: Path, /, *, attempts: int = 3, json: Json = False) -> int:
     return asyncio.run(_measure(file, attempts, json))
 
 
-async def _up(file: Path, play: bool, json: bool) -> None:
+async def _up(file: Path, play: bool, capture: Path | None, json: bool) -> None:
     from shoal.lab.network import load_network
     from shoal.lab.packet import packet_lab
 
@@ -101,7 +103,7 @@ async def _up(file: Path, play: bool, json: bool) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with packet_lab(network) as lab:
+    async with packet_lab(network, capture=capture) as lab:
         rows = [
             {
                 "node": node.name,

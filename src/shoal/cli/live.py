@@ -6,17 +6,22 @@ Everything goes to standard error, so results on standard output stay clean.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from shoal.cli.output import error_console, note
 from shoal.cli.training import Session
+from shoal.coordinator.silence import Notice
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
 SPARKS = "▁▂▃▄▅▆▇█"
+MAX_NOTICES = 8
+"""Lines on what keeps others waiting that a terminal shows; `shoal status` shows all."""
+
 WAITING_HINT_S = 20.0
 """Without any worker for this long, the view says how to start one."""
 
@@ -34,6 +39,8 @@ class LiveView:
         self._told_waiting = False
         self._last_worker = time.monotonic()
         self._rewards: list[float] = []
+        self._told: set[str] = set()
+        """Subjects of what is told to keep others waiting."""
 
     def __enter__(self) -> Self:
         return self
@@ -81,8 +88,21 @@ class LiveView:
                     f"({result['lenient']:.1%} counting any last number)"
                 )
         self._hint(session)
+        notices = coordinator.watch.notices()
+        if not self._as_panel and not self._quiet:
+            self._tell(notices)
         if self._live is not None:
-            self._live.update(self._panel(session))
+            self._live.update(self._panel(session, notices))
+
+    def _tell(self, notices: Sequence[Notice]) -> None:
+        """One line when something begins to keep others waiting, and one when it is over."""
+        now = {notice.subject: notice.text for notice in notices}
+        for subject, text in now.items():
+            if subject not in self._told:
+                note(f"Waiting: {text}")
+        for subject in self._told - set(now):
+            note(f"No longer: {subject}")
+        self._told = set(now)
 
     def _hint(self, session: Session) -> None:
         """Once for each time that the run is without workers for long."""
@@ -102,7 +122,7 @@ class LiveView:
         left = (session.config.run.steps - coordinator.control.version) * per_step
         return f"  about {left / 60:.0f} min left" if left > 90 else f"  about {left:.0f} s left"
 
-    def _panel(self, session: Session) -> RenderableType:
+    def _panel(self, session: Session, notices: Sequence[Notice] = ()) -> RenderableType:
         from rich.console import Group
         from rich.panel import Panel
         from rich.progress_bar import ProgressBar
@@ -149,6 +169,7 @@ class LiveView:
             Text(f"reward {_spark(self._rewards)}"),
             Text(f"held-out accuracy {evals or 'not measured yet'}"),
             table,
+            *(Text(notice.text, style="bold red") for notice in notices[:MAX_NOTICES]),
         )
         return Panel(body, title=f"shoal: {session.run.name}{self._eta(session)}", title_align="left")
 

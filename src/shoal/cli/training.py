@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import secrets
 import signal
 import sys
 import time
@@ -21,20 +20,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
 from shoal.config import Config, load_config, to_toml
+from shoal.coordinator.admission import Admission
 from shoal.coordinator.control import Control
 from shoal.coordinator.processes import Child, Children, child_of_this
 from shoal.coordinator.rundir import RunDir
 from shoal.coordinator.service import Coordinator
 from shoal.coordinator.summary import local_name, summarise
 from shoal.coordinator.tasks import make_environments
+from shoal.coordinator.tickets import OWN_TICKET, kept_port, write_tickets
 from shoal.coordinator.tracker import check_tracker, tracking
-from shoal.errors import ConfigError, ModelError, NetworkError, RunError, ShoalError, StorageError
-from shoal.fabric.endpoint import Endpoint
+from shoal.errors import ModelError, NetworkError, RunError, ShoalError, StorageError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
+from shoal.fabric.ticket import RouterAddress
+from shoal.fabric.waits import waiting
 
 MAX_RESTARTS = 5
 """A child that has died this often, each time soon after its start, will not be started again."""
@@ -50,13 +50,17 @@ PREPARE_TIMEOUT_S = 1800.0
 FINISH_GRACE_S = 60.0
 """Children end by themselves when the run is over; what has not by then is told to."""
 
+FINISH_USUAL_S = 8.0
+"""It takes no longer where all is well."""
+
 DISMISS_S = 10.0
 """Workers elsewhere hear within a heartbeat that the run is over; those that have not by then find out later."""
 
 LOCAL_GRACE_S = 2.0
 """Local workers end this soon after Ctrl-C: rollouts that are cut off are leased again when the run is resumed."""
 
-SECRET_BYTES = 16
+ROUTERS_S = 3.0
+"""How long a run that begins waits for its routers before it says which do not answer."""
 
 
 @dataclass(frozen=True)
@@ -163,18 +167,13 @@ async def _train(
     check_tracker(config)
     model = await prepare_model(config.model.name, say)
     control = Control(config, environments, run, vocab_size=_vocab_size(model))
-    kept = _kept_secrets(run)
-    secret = bytes.fromhex(kept["secret"])
-    learner = Identity.load_or_create(run.path / "identity" / "learner")
+    admission = Admission.of(run, colocated=config.learner.mode == "colocated")
     children = Children(run.path / "logs")
     started = time.monotonic()
-    async with await _listen(config, run, kept.get("port", 0), say) as fabric:
-        kept["port"] = int(fabric.endpoints[0].rpartition(":")[2])
-        run.write_atomic("secrets.json", json.dumps(kept).encode(), mode=0o600)
-        coordinator = Coordinator(config, control, run, fabric, learner_key=learner.public_key, secret=secret)
+    async with await _listen(config, run, kept_port(run), say) as fabric:
+        coordinator = Coordinator(config, control, run, fabric, admission)
         await coordinator.start()
-        ticket = _ticket(config, run, fabric, secret)
-        run.write_atomic("ticket.txt", ticket.encode() + b"\n", mode=0o600)
+        ticket = write_tickets(config, run, fabric, admission)
         session = Session(config, run, coordinator, ticket, started)
         run.event("run.started", steps=config.run.steps)
         try:
@@ -222,7 +221,16 @@ async def _supervise(
 
 async def _finish(children: Children, coordinator: Coordinator) -> None:
     """Let everyone hear that the run is over and leave."""
-    await asyncio.gather(children.wait_all(FINISH_GRACE_S), coordinator.dismissed(DISMISS_S))
+
+    async def ended() -> None:
+        with waiting("its own processes to end", deadline_s=FINISH_GRACE_S, usual_s=FINISH_USUAL_S):
+            await children.wait_all(FINISH_GRACE_S)
+
+    async def dismissed() -> None:
+        with waiting("workers to leave", deadline_s=DISMISS_S, usual_s=FINISH_USUAL_S):
+            await coordinator.dismissed(DISMISS_S)
+
+    await asyncio.gather(ended(), dismissed())
 
 
 async def _until(what: asyncio.Task[Any], stop: asyncio.Task[Any], others: Iterable[asyncio.Task[Any]]) -> None:
@@ -241,28 +249,23 @@ async def _listen(config: Config, run: RunDir, kept_port: int, say: Callable[[st
     identity = Identity.load_or_create(run.path / "identity" / "coordinator")
     network = config.network
     tls = {"auto": None, "on": True, "off": False}[network.tls]
+    routers = [RouterAddress.find(line) for line in network.routers]
+    fabric = None
     if network.port == 0 and kept_port:
         try:
-            return await Fabric.listen(identity, network.host, kept_port, tls=tls)
+            fabric = await Fabric.listen(identity, network.host, kept_port, tls=tls, routers=routers)
         except NetworkError:
             say(f"port {kept_port}, which the run had before, is taken: workers elsewhere need the new ticket")
-    return await Fabric.listen(identity, network.host, network.port, tls=tls)
+    if fabric is None:
+        fabric = await Fabric.listen(identity, network.host, network.port, tls=tls, routers=routers)
+    await _await_routers(fabric, say)
+    return fabric
 
 
-def _ticket(config: Config, run: RunDir, fabric: Fabric, secret: bytes) -> str:
-    """The run's ticket, advertised addresses first."""
-    ticket = fabric.ticket(run.name, secret)
-    scheme, _, rest = ticket.endpoints[0].partition("/")
-    port = rest.rpartition(":")[2]
-    told: list[str] = []
-    for address in config.network.advertise:
-        host = f"[{address}]" if address.count(":") > 1 and not address.startswith("[") else address
-        text = f"{scheme}/{host}" if host.rpartition(":")[2].isdigit() else f"{scheme}/{host}:{port}"
-        try:
-            told.append(str(Endpoint.parse(text)))
-        except ValueError as error:
-            raise ConfigError(f"network.advertise: {error}.", "Write a host, or host:port.") from None
-    return replace(ticket, endpoints=tuple(dict.fromkeys([*told, *ticket.endpoints]))).encode()
+async def _await_routers(fabric: Fabric, say: Callable[[str], None]) -> None:
+    """Give routers a moment; the run begins without those that do not answer, which are dialled on."""
+    for name, why in (await fabric.unconnected(ROUTERS_S)).items():
+        say(f"{name} is not connected yet and will be tried again: {why}")
 
 
 def _vocab_size(model: Path) -> int:
@@ -273,7 +276,7 @@ def _vocab_size(model: Path) -> int:
 
 
 def _children(config: Config, run: RunDir) -> list[tuple[str, list[str]]]:
-    ticket = str(run.path / "ticket.txt")
+    ticket = str(run.path / OWN_TICKET)
     found = [("learner", ["_learner", str(run.path)])]
     if config.learner.mode == "colocated":
         return found
@@ -303,7 +306,11 @@ async def _keep_alive(children: Children, coordinator: Coordinator, name: str, a
     while not is_over():
         born = time.monotonic()
         child = await children.start(name, arguments, settings)
-        code = await child.process.wait()
+        coordinator.watch.process_started(name, child.process.pid)
+        try:
+            code = await child.process.wait()
+        finally:
+            coordinator.watch.process_ended(name)
         if is_over():
             return
         children.all.remove(child)
@@ -349,10 +356,3 @@ async def _signals() -> AsyncIterator[asyncio.Event]:
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(number)
-
-
-def _kept_secrets(run: RunDir) -> dict[str, Any]:
-    """The run's join secret and port: a resumed run keeps them, so tickets stay valid."""
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads((run.path / "secrets.json").read_text()))
-    return {"secret": secrets.token_hex(SECRET_BYTES)}

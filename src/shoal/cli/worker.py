@@ -26,8 +26,11 @@ def run(
     max_sequences: int = 64,
     cache_tokens: int = 16384,
     grace: float = 30.0,
+    price: float = 0.0,
+    region: str = "",
     identity: Path | None = None,
     local_store: Path | None = None,
+    relay: str = "",
     engine: Literal["local"] = "local",
     json: Json = False,
 ) -> None:
@@ -46,8 +49,12 @@ def run(
         max_sequences: Sequences sampled at once.
         cache_tokens: Tokens the key-value cache holds, over all sequences.
         grace: Seconds in which running rollouts may end after Ctrl-C or SIGTERM.
+        price: US dollars an hour that this machine costs; told to the run.
+        region: Where this machine stands, in your words; told to the run.
         identity: Folder of this worker's key; by default one under the user's data directory.
         local_store: The run's snapshot folder, if it lies on this machine.
+        relay: Address of this machine on which other workers may take new weights from it, as 0.0.0.0; then it takes
+            them from others as well.
         engine: What samples.
     """
     from shoal.coordinator.processes import die_with_parent
@@ -65,8 +72,11 @@ def run(
                 "device": device,
                 "max_sequences": max_sequences,
                 "cache_tokens": cache_tokens,
+                "price_usd_per_hour": price,
+                "region": region,
                 "identity": identity,
                 "local_store": local_store,
+                "relay_host": relay,
             },
         )
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shoal.config.base import Device, Section, Strings
 
@@ -130,13 +130,25 @@ class Network(Section):
     """`auto` encrypts unless the address is loopback, `on` always; `off` is allowed on loopback only."""
     join_timeout_s: float = Field(default=30.0, gt=0)
     """How long a node that joins tries to reach the run."""
+    ticket_hours: float = Field(default=168.0, gt=0, le=24 * 365)
+    """How long nodes may join with the ticket that the run prints; those that have joined stay."""
+    ticket_uses: int = Field(default=256, ge=1, le=4096)
+    """How many nodes may join with it. `shoal ticket` makes others."""
     advertise: Strings = ()
     """Further addresses for the ticket, such as the public one of a machine behind NAT."""
+    routers: Strings = Field(default=(), max_length=4)
+    """Lines that `shoal router` printed, or files that hold them: the run is reached through these relays too. One
+    text with commas between them will do."""
 
     @property
     def encrypted(self) -> bool:
         """`tls` with `auto` decided."""
         return self.tls == "on" or (self.tls == "auto" and not is_loopback(self.host))
+
+    @field_validator("routers", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _plain_only_on_loopback(self) -> Self:

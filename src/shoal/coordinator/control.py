@@ -38,6 +38,7 @@ from shoal.planning.queue import GroupQueue
 from shoal.protocol.codec import to_json
 from shoal.protocol.episode import Episode
 from shoal.protocol.sampling import SamplingParams
+from shoal.protocol.status import NodeState
 from shoal.protocol.work import BatchReply, Lease, LeaseReply, StepReport, Submission
 
 WAIT_S = 0.25
@@ -236,6 +237,19 @@ class Control:
             return
         attempts = self._pauses.get(node_id, (0, now))[0] + 1
         self._pauses[node_id] = (attempts, now + min(FIRST_PAUSE_S * 2 ** min(attempts - 1, 8), MAX_PAUSE_S))
+
+    def why_idle(self, node_id: str, now: float) -> tuple[NodeState, str]:
+        """Why a node without a lease has none."""
+        if self.published < 0:
+            return "idle", "no version has been published yet"
+        attempts, until = self._pauses.get(node_id, (0, now))
+        if now < until:
+            return "parked", f"its last {attempts} leases brought nothing; it may ask again in {until - now:.0f} s"
+        if self.steps_done:
+            return "idle", "the last step is done"
+        if self.queue.pending:
+            return "idle", "between two leases"
+        return "idle", "as many groups are started as the staleness bound allows"
 
     def _answered(self, round_: EvalRound, lease_id: str, answers: list[Episode | None], why: str) -> None:
         try:

@@ -6,7 +6,9 @@
     journal.jsonl    the queue's history               checkpoints/    the learner's
     snapshots/       published versions                model/          the trained model, Hugging Face format
     logs/            one file a process                summary.json, report.html, plots/
-    secrets.json     join secret and port, mode 0600   identity/       keys of the run's own processes
+    secrets.json     tickets' secrets and the port     identity/       keys of the run's own processes
+    ticket.txt       for others to join with           own-ticket.txt  for the run's own processes
+    invites.json     who may still join                revocations.bin what was taken back: all these mode 0600
     evals/           answers to held-out questions     consumed.json   whose rollouts trained, and how stale
 
 Invariants: a file written by `write_atomic` is whole or absent; an appended line is whole or the last, and half a line

@@ -1,12 +1,15 @@
 """The coordinator on the fabric: who may say what, and the clockwork that nobody has to ask for.
 
-    run/join       anyone who proves the ticket's secret          run/lease, heartbeat, submit, leave   joined nodes
-    run/batch, run/step                                           the learner alone
+    run/join              anyone who proves an invitation's secret (`admission`)
+    run/lease, heartbeat, submit          nodes granted `worker`          run/leave           nodes that have joined
+    run/batch, step                       nodes granted `learner`         run/ticket, revoke  the run's owner
+    run/status (`status`)                 whoever is granted anything
 
-The learner is the node whose key the coordinator itself made; no ticket makes another. Invariants: a request of a node
-that has not joined is refused before it is read; a node that dies (liveliness) or says goodbye loses its leases at
-once; every long poll ends within `POLL_S`; what cannot be written to the run's folder ends the run, because memory and
-disk would no longer agree.
+A colocated learner is granted both roles. The owner is who holds the coordinator's own key, which lies in the run's
+folder. Invariants: a request of a node that has not joined is refused before it is read; each of the others is acted
+on only while the sender's (proven) key is granted the role it needs; a node that dies (liveliness), says goodbye or is
+revoked loses its leases at once; every long poll ends within `POLL_S`; what cannot be written to the run's folder ends
+the run, because memory and disk would no longer agree; refusals to strangers fill neither memory nor disk.
 """
 
 from __future__ import annotations
@@ -14,20 +17,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from shoal.broadcast.chain import open_manifest
 from shoal.config import Config
+from shoal.coordinator.admission import Admission
 from shoal.coordinator.control import Control
+from shoal.coordinator.door import MAX_NODES, Door
+from shoal.coordinator.nodes import Node as Node
 from shoal.coordinator.rundir import RunDir
+from shoal.coordinator.status import Watch
 from shoal.errors import RecordError, ShoalError, StorageError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
-from shoal.fabric.join import REASONS, check_join_request, read_join_request
 from shoal.fabric.service import Handler, Request
 from shoal.protocol.codec import Record, decode, encode
-from shoal.protocol.node import JoinReply, RefusalCode
+from shoal.protocol.roster import SwarmRole
 from shoal.protocol.snapshot import SignedManifest
 from shoal.protocol.work import (
     Ack,
@@ -39,22 +44,17 @@ from shoal.protocol.work import (
     StepReport,
     Submission,
     SubmissionReply,
-    WorkSpec,
 )
+from shoal.swarm.member import Member, profile
 
 POLL_S = 5.0
 """The learner's question for a batch is answered within this, with or without one."""
 
 TICK_S = 0.5
-HEARTBEAT_S = 2.0
 
-BEATS_PER_LEASE = 3
-"""Heartbeats that a lease's time holds at least, so that losing one of them costs nothing."""
-
-MAX_NODES = 1024
+SMALL_BYTES = 64 * 2**10
 MAX_SUBMISSION_BYTES = 64 * 2**20
 MAX_MANIFEST_BYTES = 64 * 2**20
-KEPT_NONCES = 4096
 
 MAX_SLOTS = 2**16
 """More than any machine samples at once."""
@@ -62,41 +62,27 @@ MAX_SLOTS = 2**16
 M = TypeVar("M", bound=Record)
 
 
-@dataclass
-class Node:
-    """A node that has joined."""
-
-    node_id: str
-    name: str
-    role: str
-    device: str
-    joined_at: float
-    alive: bool = True
-    version: int = 0
-    tokens_per_s: float = 0.0
-    seen: float = field(default_factory=time.monotonic)
-
-
 class Coordinator:
     """Serves one run.
 
     Args:
-        learner_key: public key of the one node that may train and publish.
-        secret: the ticket's join secret.
+        admission: the run's door.
     """
 
-    def __init__(
-        self, config: Config, control: Control, run: RunDir, fabric: Fabric, *, learner_key: bytes, secret: bytes
-    ) -> None:
+    def __init__(self, config: Config, control: Control, run: RunDir, fabric: Fabric, admission: Admission) -> None:
         self.config = config
         self.control = control
         self.run = run
-        self._fabric = fabric
-        self._learner_key = learner_key
-        self._secret = secret
+        self.admission = admission
+        self.member: Member
+        self.door: Door
+        """The coordinator's part in the swarm, with its roster, and its door: from `start` on."""
         self.nodes: dict[str, Node] = {}
         control.name_of = self._name_of
-        self._nonces: dict[bytes, None] = {}
+        self._fabric = fabric
+        self.watch = Watch(control, self.nodes, fabric, admission.root.node_id, run.name, self._may_look)
+        """How every node is."""
+        self._stack = contextlib.AsyncExitStack()
         self._changed = asyncio.Condition()
         self._over = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -107,20 +93,31 @@ class Coordinator:
 
     async def start(self) -> None:
         """Begin to answer."""
-        joined, learner = self._is_joined, self._is_learner
-        small, large = 64 * 2**10, MAX_SUBMISSION_BYTES
+        own = profile(self._fabric, self.run.name, (), name="coordinator")
+        root = self.admission.root.public_key
+        self.member = Member(self._fabric, self.run.name, root, own, grants=self.admission.grants)
+        await self._stack.enter_async_context(self.member)
 
-        async def serve(key: str, handler: Handler, max_bytes: int = small, **limits: Any) -> None:
-            await self._fabric.serve(f"run/{key}", self._careful(handler), max_bytes=max_bytes, **limits)
+        async def serve(
+            key: str, handler: Handler, max_bytes: int = SMALL_BYTES, *, role: SwarmRole | None = None, **limits: Any
+        ) -> None:
+            careful = self._careful(handler, role)
+            settings: dict[str, Any] = {"allow": self._is_joined, "backlog": MAX_NODES, **limits}
+            await self._fabric.serve(f"run/{key}", careful, max_bytes=max_bytes, **settings)
 
-        await serve("join", self._join)
-        await serve("lease", self._lease, backlog=MAX_NODES, allow=joined)
-        await serve("heartbeat", self._heartbeat, 2**20, backlog=MAX_NODES, allow=joined)
-        await serve("submit", self._submit, large, concurrency=4, backlog=MAX_NODES, allow=joined)
-        await serve("leave", self._leave, backlog=MAX_NODES, allow=joined)
-        await serve("batch", self._batch, allow=learner)
-        await serve("step", self._step, MAX_MANIFEST_BYTES, allow=learner)
-        self._tasks = [asyncio.create_task(self._tick()), asyncio.create_task(self._watch())]
+        self.door = Door(self.config, self.control, self.run, self.admission, self.nodes, self.member, self._gone)
+        await serve("join", self.door.join, allow=None)
+        await serve("lease", self._lease, role="worker")
+        await serve("heartbeat", self._heartbeat, 2**20, role="worker")
+        await serve("submit", self._submit, MAX_SUBMISSION_BYTES, role="worker", concurrency=4)
+        await serve("leave", self._leave)
+        await serve("batch", self._batch, role="learner")
+        await serve("step", self._step, MAX_MANIFEST_BYTES, role="learner")
+        await serve("ticket", self.door.ticket, allow=self._is_owner)
+        await serve("revoke", self.door.revoke, allow=self._is_owner)
+        self.watch.price_of = self._price_of
+        clockwork = (self._tick(), self._watch(), self.watch.run())
+        self._tasks = [asyncio.create_task(part) for part in clockwork]
 
     async def finished(self) -> None:
         """Wait for the run's end.
@@ -144,6 +141,7 @@ class Coordinator:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._stack.aclose()
 
     async def dismissed(self, deadline_s: float) -> None:
         """Wait until every worker has heard that the run is over and has left, or the deadline."""
@@ -158,8 +156,10 @@ class Coordinator:
         self.control.failure = self.control.failure or error
         self._over.set()
 
-    def _careful(self, handler: Handler) -> Handler:
+    def _careful(self, handler: Handler, role: SwarmRole | None) -> Handler:
         async def handle(request: Request) -> bytes:
+            if role is not None:
+                self.member.require(request.sender_key, role)
             try:
                 return await handler(request)
             except StorageError as error:
@@ -173,56 +173,12 @@ class Coordinator:
     def _is_joined(self, key: bytes) -> bool:
         return node_id_of(key) in self.nodes
 
-    def _is_learner(self, key: bytes) -> bool:
-        return key == self._learner_key and self._is_joined(key)
+    def _is_owner(self, key: bytes) -> bool:
+        return key == self.admission.root.public_key
 
-    async def _join(self, request: Request) -> bytes:
-        asked = read_join_request(request.body)
-        if isinstance(asked, str):
-            return _refusal(asked)
-        code = check_join_request(
-            asked,
-            run=self.run.name,
-            secret=self._secret,
-            now=time.time(),
-            seen_nonces=self._nonces,
-            sender_key=request.sender_key,
-        )
-        if code is None and asked.role == "learner" and asked.public_key != self._learner_key:
-            code = "role"
-        if code is None and self.control.ended:
-            code = "ended"
-        if code is None and sum(node.alive for node in self.nodes.values()) >= MAX_NODES:
-            code = "full"
-        if code is not None:
-            self.run.event("node.refused", request.sender, name=asked.name, code=code)
-            return _refusal(code)
-        self._nonces[asked.nonce] = None
-        while len(self._nonces) > KEPT_NONCES:
-            del self._nonces[next(iter(self._nonces))]
-        node = Node(request.sender, asked.name, asked.role, asked.device, joined_at=time.time())
-        known = self.nodes.get(node.node_id)
-        if known is not None:
-            # The same key again is the same node, restarted: what its former life held is lost.
-            self.control.node_left(node.node_id, "restarted")
-        self.nodes[node.node_id] = node
-        self._forget_nodes()
-        self.run.event("node.joined", node.node_id, name=node.name, role=node.role)
-        spec = WorkSpec(
-            model=self.config.model.name,
-            dtype=self.config.model.dtype,
-            envs={name: {"type": e.type, "settings": e.settings} for name, e in self.config.envs.items()},
-            context_tokens=self.config.model.context_tokens,
-            heartbeat_s=min(HEARTBEAT_S, self.config.rollout.lease_timeout_s / BEATS_PER_LEASE),
-        )
-        reply = JoinReply(accepted=True, node_id=node.node_id, learner_key=self._learner_key, spec=encode(spec))
-        return encode(reply)
-
-    def _forget_nodes(self) -> None:
-        """Drop those that left longest ago; one that comes back introduces itself again."""
-        gone = [node_id for node_id, node in self.nodes.items() if not node.alive]
-        for node_id in gone[: max(0, len(self.nodes) - 2 * MAX_NODES)]:
-            del self.nodes[node_id]
+    def _may_look(self, key: bytes) -> bool:
+        """Whoever has any grant may see how the run is."""
+        return self._is_owner(key) or self.member.is_granted(key)
 
     # Workers
 
@@ -263,6 +219,7 @@ class Coordinator:
         if node is None or not node.alive:
             return
         node.alive = False
+        self.watch.gone(node_id, reason)
         self.control.node_left(node_id, reason)
         self.run.event("node.left", node_id, name=node.name, role=node.role, reason=reason)
 
@@ -285,11 +242,11 @@ class Coordinator:
         report = decode(request.body, StepReport, max_bytes=MAX_MANIFEST_BYTES)
         if report.manifest is not None:
             signed = decode(report.manifest, SignedManifest, max_bytes=MAX_MANIFEST_BYTES)
-            manifest = open_manifest(signed, self._learner_key, self.run.name).manifest
+            manifest = open_manifest(signed, self.admission.learner_key, self.run.name).manifest
             if manifest.version != report.version:
                 raise RecordError(f"a report of version {report.version} carries version {manifest.version}.")
         if report.metrics:
-            self.last_metrics = dict(report.metrics)
+            self.last_metrics = self.watch.metrics = dict(report.metrics)
             if self.first_step_at is None:
                 self.first_step_at, self.steps_at_start = time.monotonic(), report.version
         book, queue = self.control.book, self.control.queue
@@ -334,6 +291,10 @@ class Coordinator:
         node = self.nodes.get(node_id)
         return node.name if node is not None else node_id
 
+    def _price_of(self, node_id: str) -> float:
+        known = self.member.node(node_id)
+        return known.record.price_usd_per_hour if known is not None else 0.0
+
     def workers(self) -> list[Node]:
         """Live workers."""
         return [n for n in self.nodes.values() if n.role == "worker" and n.alive]
@@ -341,7 +302,3 @@ class Coordinator:
 
 def _read(request: Request, kind: type[M]) -> M:
     return decode(request.body, kind, max_bytes=2**20)
-
-
-def _refusal(code: RefusalCode) -> bytes:
-    return encode(JoinReply(accepted=False, code=code, reason=REASONS[code]))

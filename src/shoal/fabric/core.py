@@ -1,4 +1,4 @@
-"""What the parts of one fabric share: the Zenoh session, the identity, the loop, and a pool for calls that may block.
+"""What the parts of one fabric share: its links, the identity, the loop, and a pool for calls that may block.
 
 Invariant: nothing else in this room holds a thread. Zenoh calls its callbacks on threads of its own; they may do no
 more than count and `post` to the loop. Calls into Zenoh that can wait for a slow link go through `blocking`.
@@ -18,20 +18,35 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import zenoh
+from blake3 import blake3
 
-from shoal.fabric.envelope import Header, Kind, ReplayGuard, check_envelope, seal
+from shoal.fabric.envelope import (
+    Envelope,
+    Header,
+    Kind,
+    ReplayGuard,
+    Seal,
+    check_envelope,
+    open_body,
+    write_envelope,
+)
+from shoal.fabric.hello import KnownKeys
 from shoal.fabric.identity import Identity
+from shoal.fabric.links import Links
+from shoal.fabric.sealing import SealingKey
 
 T = TypeVar("T")
 
 log = logging.getLogger("shoal.fabric")
 
-KEY_PREFIX = "shoal/"
 CONCRETE_KEY = re.compile(r"[A-Za-z0-9_.=-]+(/[A-Za-z0-9_.=-]+)*")
 KEY_PATTERN = re.compile(r"(\*{1,2}|[A-Za-z0-9_.=-]+)(/(\*{1,2}|[A-Za-z0-9_.=-]+))*")
 
-MAX_MESSAGE_BYTES = 80 * 2**20
-"""No larger message is assembled from a peer: the largest record (64 MiB) with room to spare."""
+MAX_BODY_BYTES = 80 * 2**20
+"""No larger body is sent: the largest record (64 MiB) with room to spare."""
+
+MAX_MESSAGE_BYTES = MAX_BODY_BYTES + 64 * 1024
+"""No larger message is assembled from a peer: a body, its envelope and what Zenoh adds."""
 
 HASH_OFF_LOOP_BYTES = 256 * 1024
 """Bodies larger than this are hashed in the pool: below it the hand-over costs more than the hash."""
@@ -53,11 +68,14 @@ class Lane:
 
 @dataclass
 class Core:
-    """One open session and what hangs on it. `session`'s type is Zenoh's own."""
+    """One node's open connections and what hangs on them."""
 
-    session: zenoh.Session
     identity: Identity
+    namespace: str
+    """Of the run: nodes of runs that share a router do not hear each other."""
     loop: asyncio.AbstractEventLoop
+    sealing: SealingKey = field(default_factory=SealingKey.generate)
+    known: KnownKeys = field(default_factory=KnownKeys)
     guard: ReplayGuard = field(default_factory=ReplayGuard)
     counters: Counter[str] = field(default_factory=Counter)
     """What went wrong and was survived, by name; read by metrics and tests, changed on the loop only."""
@@ -66,7 +84,20 @@ class Core:
     )
     lanes: dict[bytes, Lane] = field(default_factory=dict)
     """By destination; a lane lasts as long as somebody sends in it."""
+    links: Links = field(init=False)
     closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.links = Links(self.blocking)
+
+    def full_key(self, key: str, pattern: re.Pattern[str] = CONCRETE_KEY) -> str:
+        """The key as Zenoh routes it. One that our own code misspells is a defect, not a user's mistake."""
+        assert pattern.fullmatch(key), f"{key!r} is no key"
+        return self.namespace + key
+
+    def local_key(self, zenoh_key: object) -> str:
+        """The key as this room's users write it."""
+        return str(zenoh_key).removeprefix(self.namespace)
 
     async def blocking(self, call: Callable[..., T], *args: Any) -> T:
         """Run a call that may block in the pool."""
@@ -97,13 +128,32 @@ class Core:
             return False
         return True
 
-    async def seal(
-        self, kind: Kind, key: str, body: bytes, *, to: bytes = b"", answers: bytes = b"", deadline_s: float = 0.0
-    ) -> tuple[Header, bytes]:
-        """A signed header for `body`, large bodies hashed off the loop."""
+    async def write(
+        self,
+        kind: Kind,
+        key: str,
+        body: bytes,
+        *,
+        to: bytes = b"",
+        answers: bytes = b"",
+        deadline_s: float = 0.0,
+        reader: bytes = b"",
+    ) -> Envelope:
+        """A signed envelope, sealed to the sealing key `reader` if there is one; large bodies off the loop."""
+        seal = Seal(self.sealing, reader) if reader else None
 
-        def run() -> tuple[Header, bytes]:
-            return seal(self.identity, kind, key, body, now=time.time(), to=to, answers=answers, deadline_s=deadline_s)
+        def run() -> Envelope:
+            return write_envelope(
+                self.identity,
+                kind,
+                key,
+                body,
+                now=time.time(),
+                to=to,
+                answers=answers,
+                deadline_s=deadline_s,
+                seal=seal,
+            )
 
         return await self.blocking(run) if len(body) > HASH_OFF_LOOP_BYTES else run()
 
@@ -118,16 +168,26 @@ class Core:
         else:
             run()
 
+    async def open(self, header: Header, attachment: bytes, body: bytes) -> bytes:
+        """`open_body` of an envelope that was checked; the sender's sealing key is kept where none was known."""
 
-def full_key(key: str, pattern: re.Pattern[str] = CONCRETE_KEY) -> str:
-    """The key as Zenoh routes it. A key that our own code misspells is a defect, not a user's mistake."""
-    assert pattern.fullmatch(key), f"{key!r} is no key"
-    return KEY_PREFIX + key
+        def run() -> bytes:
+            return open_body(header, attachment, body, self.sealing)
+
+        plaintext = await self.blocking(run) if len(body) > HASH_OFF_LOOP_BYTES else run()
+        if header.sealed_by and self.known.get(header.sender) is None:
+            # Not in place of a known one: a run's owner has the coordinator's identity in two processes.
+            self.known.learn(header.sender, header.sealed_by)
+        return plaintext
 
 
-def local_key(zenoh_key: object) -> str:
-    """The key as this room's users write it."""
-    return str(zenoh_key).removeprefix(KEY_PREFIX)
+def namespace_of(coordinator_key: bytes) -> str:
+    """What every key of one run begins with, on the wire.
+
+    Zenoh's own `namespace` setting does the same, but a link that takes nothing then holds up all others (measured
+    with 1.10.2: a request past a stopped peer waits until that is given up).
+    """
+    return f"shoal/{blake3(b'shoal namespace' + coordinator_key).hexdigest()[:32]}/"
 
 
 def read_bytes(payload: zenoh.ZBytes | None) -> bytes:

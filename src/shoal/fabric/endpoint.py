@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import socket
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from shoal.errors import NetworkError
@@ -94,3 +95,22 @@ def reachable_addresses(address: str) -> list[str]:
             pass  # No route in this family: only loopback can be offered.
         found.append(loopback)
     return list(dict.fromkeys(found))
+
+
+def advertised(told: Iterable[str], own: Sequence[str]) -> tuple[str, ...]:
+    """The endpoints of a listener as others are told them: those its owner names first, then its own.
+
+    Args:
+        told: `host` or `host:port` each, such as the public address of a machine behind NAT.
+        own: endpoints of the listener; scheme and port are theirs where they are not told.
+
+    Raises:
+        ValueError: something told is no address.
+    """
+    listener = Endpoint.parse(own[0])
+    found: list[str] = []
+    for address in told:
+        host = f"[{address}]" if address.count(":") > 1 and not address.startswith("[") else address
+        has_port = host.rpartition(":")[2].isdigit()
+        found.append(str(Endpoint.parse(f"{listener.scheme}/{host}" + ("" if has_port else f":{listener.port}"))))
+    return tuple(dict.fromkeys([*found, *own]))

@@ -3,11 +3,13 @@
     attachment = MessagePack(header) + signature (64 bytes)
     signature  = Ed25519 over  "shoal envelope 1" + header bytes + BLAKE3(body)
 
-The body travels beside the attachment, uncopied. Pure: time is an argument and nothing here does I/O.
+The body travels beside the attachment, uncopied; where the header names sealing keys it is sealed (`fabric.sealing`),
+and sealed first, then signed. Pure: time is an argument and nothing here does I/O.
 
 Invariants: an envelope is believed only if its signature is its sender's, its key is the one it arrived on, its kind
 is the one expected, it is addressed to the reader or to nobody in particular, a request or publication was sent
-within `CLOCK_WINDOW_S` of now and was not seen before, and a reply answers the very request it came back on.
+within `CLOCK_WINDOW_S` of now and was not seen before, and a reply answers the very request it came back on. What is
+addressed to one node is sealed to it, but for the hello that tells the key (`fabric.hello`).
 
 Not covered: a reader that restarts forgets the nonces it saw, so for `CLOCK_WINDOW_S` after a restart old envelopes
 could be played to it again; whoever acts on requests makes that harmless (submissions are idempotent, leases named).
@@ -17,13 +19,14 @@ from __future__ import annotations
 
 import math
 import secrets
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import msgspec
 from blake3 import blake3
 
 from shoal.fabric.errors import REFUSAL_KINDS, EnvelopeError, RefusalKind, RemoteError
 from shoal.fabric.identity import PUBLIC_KEY_BYTES, Identity, node_id_of, verify
+from shoal.fabric.sealing import PRINT_BYTES, PUBLIC_BYTES, SealError, SealingKey, key_print
 
 ENVELOPE_VERSION = 1
 DOMAIN = b"shoal envelope 1"
@@ -58,13 +61,34 @@ class Header(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     """In a reply or refusal, the nonce of the request."""
     deadline_s: float = 0.0
     """In a request, how long the sender waits for the answer."""
+    sealed_by: bytes = b""
+    """Where the body is sealed: the sender's public sealing key, with which the answer is to be sealed as well."""
+    sealed_to: bytes = b""
+    """Where the body is sealed: the print of the sealing key that opens it."""
 
     @property
     def node_id(self) -> str:
         return node_id_of(self.sender)
 
 
-def seal(
+class Seal(NamedTuple):
+    """With which key to seal, and for which."""
+
+    own: SealingKey
+    other: bytes
+    """The reader's public sealing key."""
+
+
+class Envelope(NamedTuple):
+    """What travels."""
+
+    header: Header
+    attachment: bytes
+    body: bytes
+    """Sealed, where the header says so."""
+
+
+def write_envelope(
     identity: Identity,
     kind: Kind,
     key: str,
@@ -74,12 +98,38 @@ def seal(
     to: bytes = b"",
     answers: bytes = b"",
     deadline_s: float = 0.0,
-) -> tuple[Header, bytes]:
-    """A header for `body` and the attachment that carries it."""
+    seal: Seal | None = None,
+) -> Envelope:
+    """Sign `body`, and seal it where `seal` says for whom.
+
+    Raises:
+        SealError: the reader's sealing key cannot be used.
+    """
     nonce = secrets.token_bytes(NONCE_BYTES)
-    header = Header(ENVELOPE_VERSION, kind, key, identity.public_key, nonce, now, to, answers, deadline_s)
+    sealed_by, sealed_to = (seal.own.public_key, key_print(seal.other)) if seal else (b"", b"")
+    header = Header(
+        ENVELOPE_VERSION, kind, key, identity.public_key, nonce, now, to, answers, deadline_s, sealed_by, sealed_to
+    )
     encoded = msgspec.msgpack.encode(header)
-    return header, encoded + identity.sign(DOMAIN + encoded + blake3(body).digest())
+    if seal is not None:
+        body = seal.own.pair(seal.other).seal(body, nonce, encoded)
+    return Envelope(header, encoded + identity.sign(DOMAIN + encoded + blake3(body).digest()), body)
+
+
+def open_body(header: Header, attachment: bytes, body: bytes, own: SealingKey) -> bytes:
+    """The plaintext of a checked envelope's body.
+
+    Raises:
+        EnvelopeError: it is sealed to another key (an earlier life's of this node), or does not open.
+    """
+    if not header.sealed_by:
+        return body
+    if header.sealed_to != own.print:
+        raise EnvelopeError("seal", "a message is sealed to another key than this node's present one.")
+    try:
+        return own.pair(header.sealed_by).open(body, header.nonce, attachment[:-SIGNATURE_BYTES])
+    except SealError as error:
+        raise EnvelopeError("seal", error.problem) from None
 
 
 def read_header(attachment: bytes) -> Header:
@@ -108,6 +158,7 @@ def read_header(attachment: bytes) -> Header:
         or len(header.nonce) != NONCE_BYTES
         or len(header.to) not in (0, PUBLIC_KEY_BYTES)
         or len(header.answers) not in (0, NONCE_BYTES)
+        or (len(header.sealed_by), len(header.sealed_to)) not in ((0, 0), (PUBLIC_BYTES, PRINT_BYTES))
         or len(header.key) > MAX_KEY_CHARS
         or not math.isfinite(header.sent_at)
         or not (math.isfinite(header.deadline_s) and header.deadline_s >= 0)

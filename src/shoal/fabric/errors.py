@@ -17,6 +17,7 @@ RefusalKind = Literal[
     "signature",
     "clock",
     "replay",
+    "seal",
     "refused",
     "internal",
 ]

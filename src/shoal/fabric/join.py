@@ -1,11 +1,13 @@
 """Asking to take part in a run, and deciding whether to say yes. Pure: time and memory are arguments.
 
-    proof     = BLAKE3 keyed with (a key derived from) the ticket's secret, over every field but proof and signature
-    signature = Ed25519 of the node's key, over the same fields and the proof
+    proof      = BLAKE3 keyed with (a key derived from) the ticket's secret, over every field but proof and signature
+    signature  = Ed25519 of the node's key, over the same fields and the proof
+    invitation = the first bytes of another BLAKE3 derived from the secret: its name, which opens nothing
 
 Invariants: only who knows the secret can make a proof, and only the key's owner a signature over it, so that a
 request seen on the wire cannot be turned into another node's; a request is admitted once and only while it is young.
 Of several things wrong the one named is the first that the user should mend: version, run, secret, signature, clock.
+Whether the invitation still admits anybody is the caller's to decide (`swarm.invites`).
 """
 
 from __future__ import annotations
@@ -23,23 +25,28 @@ from shoal.fabric.envelope import NONCE_BYTES
 from shoal.fabric.identity import Identity, verify
 from shoal.fabric.ticket import Ticket
 from shoal.protocol.codec import decode
-from shoal.protocol.node import JoinRequest, NodeRole, RefusalCode
+from shoal.protocol.node import JoinRequest, RefusalCode
+from shoal.protocol.roster import SHORT_MARK_BYTES, SwarmRole
 
 MAX_JOIN_BYTES = 4096
 JOIN_WINDOW_S = 300.0
 """How far the asker's clock may be from ours. Whoever keeps the seen nonces keeps each for twice as long."""
 
 PROOF_CONTEXT = "shoal 2025 join proof"
+INVITATION_CONTEXT = "shoal 2026 invitation name"
 SIGNATURE_DOMAIN = b"shoal join request 1"
 
 REASONS: dict[RefusalCode, str] = {
     "version": "this node and the coordinator run different versions of Shoal; install the same one on both.",
     "run": "the ticket is for another run than the one this coordinator serves; ask for a fresh ticket.",
-    "secret": "the ticket's secret is not this run's; ask for a fresh ticket.",
+    "secret": "the ticket's secret is not one of this run's, or was taken back; ask for a fresh ticket.",
     "signature": "the request is not signed by the key it names; if this happens again, it was changed on its way.",
     "clock": f"the clocks of the two machines differ by more than {JOIN_WINDOW_S:.0f} s; set them (NTP) and try again.",
     "replay": "this very request was made before; join again.",
-    "role": "this role is not open to nodes that join with a ticket.",
+    "role": "the ticket does not admit nodes in this role; ask for one that does (shoal ticket RUN --role ROLE).",
+    "expired": "the ticket has expired; ask for a fresh ticket.",
+    "used": "the ticket has been used as often as it may be; ask for a fresh ticket.",
+    "revoked": "what this node was granted has been taken back by the run's owner.",
     "full": "the run has as many nodes as it takes; try again later.",
     "ended": "the run is over.",
 }
@@ -49,12 +56,13 @@ REASONS: dict[RefusalCode, str] = {
 def make_join_request(
     identity: Identity,
     ticket: Ticket,
-    role: NodeRole,
+    role: SwarmRole,
     name: str,
     *,
     now: float,
     device: str = "cpu",
     threads: int = 1,
+    renews: bool = False,
 ) -> JoinRequest:
     """A signed request of `identity` to join the ticket's run; `now` is Unix seconds."""
     unproven = JoinRequest(
@@ -69,6 +77,8 @@ def make_join_request(
         signature=b"",
         device=device[:64],
         threads=threads,
+        invitation=invitation_of(ticket.secret),
+        renews=renews,
     )
     proven = msgspec.structs.replace(unproven, proof=_proof(unproven, ticket.secret))
     return msgspec.structs.replace(proven, signature=identity.sign(_signed(proven)))
@@ -120,6 +130,11 @@ def check_join_request(
     if request.nonce in seen_nonces:
         return "replay"
     return None
+
+
+def invitation_of(secret: bytes) -> bytes:
+    """The name of the invitation with this secret: tells it from others and does not give the secret away."""
+    return blake3(secret, derive_key_context=INVITATION_CONTEXT).digest(SHORT_MARK_BYTES)
 
 
 class _AnyVersion(msgspec.Struct):

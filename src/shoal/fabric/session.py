@@ -4,7 +4,7 @@ Zenoh reports an address that nobody listens on, a wrong certificate and a cut c
 connection is tried first with plain sockets (`find_reachable`): that failure has a name. The check that protects is
 Zenoh's own; the trial only explains.
 
-Invariants: no multicast scouting and no gossip (a node speaks to the listener in its ticket and to nobody else it
+Invariants: no multicast scouting and no gossip (a node speaks to the listeners in its ticket and to nobody else it
 happens to hear); no shared memory with peers; a silent link is given up after `LEASE_S`.
 """
 
@@ -32,6 +32,9 @@ LEASE_S = 2.0
 
 HANDSHAKE_S = 5.0
 """A handshake that takes longer is given up and begun anew; a few round trips are enough for one."""
+
+RETRY_S, MAX_RETRY_S = 0.2, 1.0
+"""A lost link is dialled again after the one, then after twice as long up to the other."""
 
 PROBE_RETRY_S = 0.2
 PORT_ATTEMPTS = 5
@@ -82,7 +85,7 @@ def open_connector(public_key: bytes, endpoint: Endpoint, timeout_s: float, leas
     except zenoh.ZError as error:
         raise NetworkError(
             f"{endpoint} accepts connections but does not answer as a Shoal node.",
-            "Check that the coordinator of this ticket still runs there.",
+            "Check that what the ticket names still runs there.",
         ) from error
 
 
@@ -133,7 +136,7 @@ async def _probe(endpoint: Endpoint, public_key: bytes, deadline: float) -> Endp
         await asyncio.sleep(min(PROBE_RETRY_S, max(0.0, deadline - time.monotonic())))
     raise NetworkError(
         f"{endpoint} cannot be reached: {reason}.",
-        "Check that the coordinator runs and that no firewall stands between.",
+        "Check that it runs and that no firewall stands between.",
     )
 
 
@@ -143,7 +146,11 @@ def _settings(mode: str, lease_s: float) -> dict[str, Any]:
         "scouting/multicast/enabled": False,
         "scouting/gossip/enabled": False,
         "scouting/delay": 0,
-        "connect/retry": {"period_init_ms": 200, "period_max_ms": 2000, "period_increase_factor": 2},
+        "connect/retry": {
+            "period_init_ms": int(RETRY_S * 1000),
+            "period_max_ms": int(MAX_RETRY_S * 1000),
+            "period_increase_factor": 2,
+        },
         "listen/endpoints": [],
         "transport/link/tx/lease": int(lease_s * 1000),
         "transport/link/rx/max_message_size": MAX_MESSAGE_BYTES,

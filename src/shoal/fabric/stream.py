@@ -26,6 +26,7 @@ from shoal.fabric.call import ABSENT_GRACE_S, call
 from shoal.fabric.core import Core, log
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
+from shoal.fabric.waits import waiting
 
 WINDOW = 8
 """Frames a writer has under way at once, unless it asks for another number."""
@@ -94,8 +95,9 @@ class OutStream:
         """
         try:
             await self._send(END, b"")
-            while self._under_way:
-                await asyncio.wait(self._under_way)
+            with waiting("a stream's reader to take the last frames", whom=self._to, deadline_s=self._stall_s):
+                while self._under_way:
+                    await asyncio.wait(self._under_way)
             self._raise_failure()
         finally:
             await self.close()
@@ -118,7 +120,8 @@ class OutStream:
             await self.abort()
 
     async def _send(self, kind: int, frame: bytes) -> None:
-        await self._slots.acquire()
+        with waiting("a stream's reader to take a frame", whom=self._to, deadline_s=self._stall_s):
+            await self._slots.acquire()
         if self._failure is not None:
             self._slots.release()
             self._raise_failure()

@@ -1,9 +1,9 @@
 """Publications: one speaks, whoever listens hears, and nobody waits.
 
 Invariants: a subscription holds at most `capacity` messages; when one more comes the oldest goes and is counted, so a
-slow reader sees the newest state and knows how much it missed. A message reaches the reader only if its envelope
-passed every check. Delivery is best effort: the network may lose a publication under congestion; what must arrive is
-a request, or is asked for again by whoever hears a later announcement.
+slow reader sees the newest state and knows how much it missed. A message reaches the reader once, however many links it
+came by, and only if its envelope passed every check. Delivery is best effort: the network may lose a publication
+under congestion; what must arrive is a request, or is asked for again by whoever hears a later announcement.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import zenoh
 
-from shoal.fabric.core import KEY_PATTERN, Core, full_key, local_key, read_bytes
+from shoal.fabric.core import KEY_PATTERN, Core, read_bytes
 from shoal.fabric.envelope import ReplayGuard, read_header
 from shoal.fabric.errors import EnvelopeError
+from shoal.fabric.links import Link
+from shoal.fabric.watch import Watch
 
 MAX_TOPIC_NONCES = 1 << 14
 """Each subscription remembers its own nonces: two that overlap both get the message."""
@@ -40,80 +41,49 @@ class Message(NamedTuple):
 
 async def publish(core: Core, topic: str, body: bytes, *, wait: bool) -> None:
     """Sign and send; see `Fabric.publish`."""
-    key = full_key(topic)
-    _, attachment = await core.seal("publication", topic, body)
+    key = core.full_key(topic)
+    envelope = await core.write("publication", topic, body)
     congestion = zenoh.CongestionControl.BLOCK if wait else zenoh.CongestionControl.DROP
 
-    def send() -> None:
-        core.session.put(key, body, attachment=attachment, congestion_control=congestion)
+    def send(link: Link) -> None:
+        link.session.put(key, body, attachment=envelope.attachment, congestion_control=congestion)
 
-    await core.send(key.encode(), send)
+    await asyncio.gather(*(core.send(f"{key} {link.name}".encode(), send, link) for link in core.links.up))
 
 
-class Subscription:
+class Subscription(Watch[Message]):
     """Messages of a topic: `async with fabric.subscribe(topic) as stream: async for message in stream: …`."""
 
     def __init__(
         self, core: Core, topic: str, capacity: int, max_bytes: int, allow: Callable[[bytes], bool] | None
     ) -> None:
-        self._core = core
-        self._key = full_key(topic, KEY_PATTERN)
+        super().__init__(core)
+        self._key = core.full_key(topic, KEY_PATTERN)
         self._capacity = capacity
         self._max_bytes = max_bytes
         self._allow = allow
         self._guard = ReplayGuard(capacity=MAX_TOPIC_NONCES)
         self._lock = threading.Lock()
         self._samples: deque[zenoh.Sample] = deque()
-        self._arrived = asyncio.Event()
-        self._subscriber: zenoh.Subscriber[None] | None = None
-        self._closed = False
         self.dropped = 0
         """Messages pushed out because the reader was slow, or larger than allowed."""
 
-    async def open(self) -> None:
-        """Begin to listen."""
+    def _declare(self, link: Link) -> zenoh.Subscriber[None]:
         receive = zenoh.handlers.Callback(self._receive, indirect=False)
+        return link.session.declare_subscriber(self._key, receive)
 
-        def declare() -> zenoh.Subscriber[None]:
-            return self._core.session.declare_subscriber(self._key, receive)
-
-        self._subscriber = await self._core.blocking(declare)
-
-    async def close(self) -> None:
-        """Stop listening; a reader's loop ends after the messages already here."""
-        self._closed = True
-        self._arrived.set()
-        subscriber, self._subscriber = self._subscriber, None
-        if subscriber is not None:
-            await self._core.blocking(subscriber.undeclare)
-
-    async def __aenter__(self) -> Self:
-        await self.open()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Message:
+    async def _take(self) -> Message | None:
         while True:
             with self._lock:
-                sample = self._samples.popleft() if self._samples else None
-                if sample is None:
-                    self._arrived.clear()
-            if sample is not None:
-                try:
-                    return await self._believe(sample)
-                except EnvelopeError as error:
+                if not self._samples:
+                    return None
+                sample = self._samples.popleft()
+            try:
+                return await self._believe(sample)
+            except EnvelopeError as error:
+                # What comes by several links comes again by each; with one link it is somebody's trick.
+                if error.kind != "replay" or len(self._core.links.up) < 2:
                     self._core.counters[f"publication_refused.{error.kind}"] += 1
-            elif self._closed:
-                raise StopAsyncIteration
-            else:
-                await self._arrived.wait()
 
     def _receive(self, sample: zenoh.Sample) -> None:
         # On Zenoh's thread. The deque is bounded here, so that a loop that stands still costs no memory.
@@ -127,14 +97,14 @@ class Subscription:
             self._samples.append(sample)
             wake = len(self._samples) == 1
         if wake:
-            self._core.post(self._arrived.set)
+            self._core.post(self._wake)
 
     async def _believe(self, sample: zenoh.Sample) -> Message:
         attachment = read_bytes(sample.attachment)
         header = read_header(attachment)
         if self._allow is not None and not self._allow(header.sender):
             raise EnvelopeError("stranger", f"node {header.node_id} has not been admitted.")
-        topic = local_key(sample.key_expr)
+        topic = self._core.local_key(sample.key_expr)
         body = read_bytes(sample.payload)
         await self._core.check(header, attachment, body, ("publication",), topic)
         self._guard.admit(header, time.time())

@@ -21,6 +21,8 @@ class SetUp(msgspec.Struct, frozen=True, tag=True):
     owner_pid: int
     owner_start_ticks: int
     number: int
+    capture: str = ""
+    """Folder for a `NODE.pcap` of each node; none: nothing is captured."""
 
 
 class SetCuts(msgspec.Struct, frozen=True, tag=True):

@@ -54,21 +54,25 @@ R = TypeVar("R", Ready, Done, Counted)
 
 
 @asynccontextmanager
-async def packet_lab(network: Network) -> AsyncIterator[PacketLab]:
+async def packet_lab(network: Network, *, capture: Path | None = None) -> AsyncIterator[PacketLab]:
     """A running packet lab.
+
+    Args:
+        capture: folder into which every node's packets go, as `NODE.pcap`; complete when the lab has ended.
 
     Raises:
         NetworkError: this machine or user cannot have one; the message says what is missing.
     """
-    async with PacketLab(network) as lab:
+    async with PacketLab(network, capture=capture) as lab:
         yield lab
 
 
 class PacketLab(Lab):
     """See the module."""
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, *, capture: Path | None = None) -> None:
         super().__init__(network)
+        self._capture = capture
         start = namespaces.start_ticks(os.getpid())
         self._owner = namespaces.Owner(os.getpid(), start or 0, next(_number))
         self._switch: asyncio.subprocess.Process | None = None
@@ -123,7 +127,8 @@ class PacketLab(Lab):
                 start_new_session=True,
             )
         owner = self._owner
-        await self._ask(SetUp(self.network, owner.pid, owner.start_ticks, owner.number), Ready, SET_UP_WAIT_S)
+        capture = "" if self._capture is None else str(self._capture.absolute())
+        await self._ask(SetUp(self.network, owner.pid, owner.start_ticks, owner.number, capture), Ready, SET_UP_WAIT_S)
 
     async def _close(self) -> None:
         if self._writer is not None:

@@ -44,6 +44,7 @@ class Statistics(msgspec.Struct, frozen=True):
             slow, and queues and losses are not what was asked.
         late_max_s: the most by which the switch handed on a packet too late.
         cpu_s: processor time of the switch.
+        uncaptured_packets: those that a capture had no room for.
     """
 
     nodes: dict[str, NodeStatistics]
@@ -52,3 +53,4 @@ class Statistics(msgspec.Struct, frozen=True):
     device_drops: int = 0
     late_max_s: float = 0.0
     cpu_s: float = 0.0
+    uncaptured_packets: int = 0

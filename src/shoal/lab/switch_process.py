@@ -21,11 +21,13 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 
 from shoal.errors import ShoalError
 from shoal.lab import namespaces, tun
+from shoal.lab.capture import PacketFile
 from shoal.lab.control import (
     MAX_LINE_BYTES,
     AskStatistics,
@@ -65,6 +67,8 @@ class SwitchProcess:
         self._tick_s = 0.0
         self._late_max_s = 0.0
         self._device_errors = 0
+        self._captures: list[PacketFile] = []
+        self._epoch_s = time.time() - time.monotonic()
 
     def run(self) -> None:
         """Serve until the lab is gone, then clean up."""
@@ -72,6 +76,8 @@ class SwitchProcess:
         try:
             self._forward()
         finally:
+            for capture in self._captures:
+                capture.close()
             for descriptor in self._tuns:
                 os.close(descriptor)
             namespaces.remove(self._namespaces)
@@ -118,6 +124,8 @@ class SwitchProcess:
                 packet = os.read(descriptor, MAX_MTU)
             except BlockingIOError:
                 return
+            if self._captures:
+                self._captures[place].write(packet, self._epoch_s + arrived_s)
             self._switch.receive(place, packet, arrived_s)
 
     def _write(self) -> None:
@@ -131,6 +139,9 @@ class SwitchProcess:
                 os.write(self._tuns[place], packet)
             except OSError:
                 self._device_errors += 1  # the kernel could not take it: a loss like any other
+                continue
+            if self._captures:
+                self._captures[place].write(packet, self._epoch_s + now_s)
 
     def _serve(self) -> bool:
         """Answer what came over the control socket; false when the lab has closed it."""
@@ -172,6 +183,7 @@ class SwitchProcess:
                     device_drops=self._device_errors + sum(tun.device_drops(name) for name in self._namespaces),
                     late_max_s=self._late_max_s,
                     cpu_s=time.process_time(),
+                    uncaptured_packets=sum(capture.omitted_packets for capture in self._captures),
                 )
                 return Counted(statistics)
 
@@ -183,6 +195,8 @@ class SwitchProcess:
         namespaces.ip(commands=[f"netns add {name}" for name in self._namespaces])
         for node, name in zip(network.nodes, self._namespaces, strict=True):
             self._tuns.append(tun.open_tun(name, network.address(node.name), network.mtu))
+        if request.capture:
+            self._captures = [PacketFile(Path(request.capture) / f"{node.name}.pcap") for node in network.nodes]
         self._tick_s = network.tick_ms / 1e3
         self._switch = Switch(network)
         gc.collect()

@@ -29,9 +29,9 @@ def learning_rate(
 ) -> float:
     """The rate of one step, counted from 0.
 
-    Linear warm-up: step 0 takes peak / warmup_steps, step warmup_steps - 1 the peak. Then, with x rising from 0 there to 1
-    at `total_steps` (the first step that is not taken): `constant` 1, `linear` 1 - x, `cosine` (1 + cos πx) / 2 of the
-    peak. So the last step still moves, and a run that is longer than was said stands still.
+    Linear warm-up: step 0 takes peak / warmup_steps, step warmup_steps - 1 the peak. Then, with x rising from 0 there
+    to 1 at `total_steps` (the first step that is not taken): `constant` 1, `linear` 1 - x, `cosine` (1 + cos πx) / 2 of
+    the peak. So the last step still moves, and a run that is longer than was said stands still.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

@@ -16,28 +16,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import torch
 
-from shoal.broadcast.publisher import Publisher, write_snapshot
+from shoal.broadcast.publisher import Publisher, SnapshotWriter
+from shoal.broadcast.relay import relaying
 from shoal.broadcast.store import Store
 from shoal.config import Config
 from shoal.engine.source import resolve
 from shoal.engine.tokenizer import Tokenizer
 from shoal.engine.weights import to_views
 from shoal.errors import NetworkError, RunError
+from shoal.fabric.desk import Account, Desk
+from shoal.fabric.endpoint import is_loopback
 from shoal.fabric.errors import RemoteError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
 from shoal.fabric.ticket import Ticket
+from shoal.fabric.waits import ENDLESS_S, waiting
 from shoal.learner import checkpoint
 from shoal.learner.loading import load_policy
 from shoal.learner.trainer import StepMetrics, Trainer
 from shoal.protocol.codec import encode
 from shoal.protocol.work import BatchReply, BatchRequest, StepReply, StepReport
-from shoal.rollout.host import WorkerOptions, model_cache, working
-from shoal.rollout.link import RunLink, join
+from shoal.rollout.host import MODEL_USUAL_S, WorkerOptions, model_cache, working
+from shoal.rollout.link import Part, taking_part
+from shoal.rollout.worker import Worker
 
 log = logging.getLogger("shoal.learner")
 
@@ -55,31 +62,36 @@ class LearnerProcess:
 
     Args:
         directory: the run's folder.
+        part: the learner's own, joined already.
     """
 
-    def __init__(self, config: Config, directory: Path, fabric: Fabric, ticket: Ticket) -> None:
+    def __init__(self, config: Config, directory: Path, fabric: Fabric, ticket: Ticket, part: Part) -> None:
         self._config = config
         self._directory = directory
         self._fabric = fabric
-        self._link = RunLink(fabric, ticket, "learner", "learner", config.learner.device, config.learner.threads)
+        self._link = part.link
         self._store = Store(
             directory / "snapshots",
             run=ticket.run,
             trusted_key=fabric.identity.public_key,
             durable=False,  # a snapshot can be made again from the checkpoint
         )
-        self._publisher = Publisher(fabric, self._store)
+        self._writer = SnapshotWriter(self._store, fabric.identity, POLICY)
+        self._publisher = Publisher(fabric, self._store, allow=part.member.is_granted)
         self._oldest_needed: int | None = None
         self._checkpoint_s = 0.0
         """What the last checkpoint took: part of the next step's time."""
+        self._doing = "loads the model"
+        self.worker: Worker | None = None
+        """What samples in this very process, in colocated mode."""
         self._trainer: Trainer | None = None
         self._tokenizer: Tokenizer | None = None
 
     async def run(self) -> None:
         """Train until the coordinator says that the run is over."""
-        trainer = self._trainer = await asyncio.to_thread(self._load)
+        with waiting("the model to load", until="it is fetched and loaded", usual_s=MODEL_USUAL_S):
+            trainer = self._trainer = await asyncio.to_thread(self._load)
         await self._publisher.start()
-        await self._fabric.declare_alive()
         await self._announce_start()
         if trainer.version >= self._config.run.steps:
             await self._save()
@@ -90,11 +102,30 @@ class LearnerProcess:
                 return
             assert reply.episodes is not None
             wait_s = asyncio.get_running_loop().time() - waited_from
+            self._doing = f"trains step {trainer.version + 1}"
             metrics = await asyncio.to_thread(trainer.step, reply.episodes)
             await self._finish_step(metrics, wait_s)
 
+    @asynccontextmanager
+    async def linking(self) -> AsyncIterator[None]:
+        """Inside, workers on other machines may take chunks over direct links, and pass them on to each other."""
+        host = self._config.network.host
+        if is_loopback(host):
+            yield
+            return
+        allow = self._publisher.allow
+        async with relaying(self._fabric.identity, self._store, host, allow=allow) as (_, record):
+            self._publisher.offer_links(record)
+            yield
+
     async def _batch(self, version: int) -> BatchReply | None:
         """The batch of this version, however long it takes; None when the run is over."""
+        self._doing = f"waits for the batch of step {version + 1}"
+        what = f"the batch of step {version + 1}"
+        with waiting(what, whom="coordinator", until="enough rollouts are in", usual_s=ENDLESS_S):
+            return await self._ask_for_batch(version)
+
+    async def _ask_for_batch(self, version: int) -> BatchReply | None:
         while True:
             try:
                 reply = await self._link.call("batch", BatchRequest(version=version), BatchReply, BATCH_DEADLINE_S)
@@ -119,12 +150,14 @@ class LearnerProcess:
         version = trainer.version
         last = version >= self._config.run.steps
         started = loop.time()
+        self._doing = f"publishes version {version}"
         published = await self._publish() if last or version % settings.publish_every == 0 else None
         publish_s = loop.time() - started
         total_s = wait_s + metrics["train_s"] + publish_s + self._checkpoint_s
         timing = {
             "wait_s": wait_s,
             "publish_s": publish_s,
+            **(self._weight() if published is not None else {}),
             "checkpoint_s": self._checkpoint_s,
             "utilisation": metrics["train_s"] / max(total_s, 1e-9),
             "tokens_per_s": metrics["tokens"] / max(total_s, 1e-9),
@@ -139,6 +172,7 @@ class LearnerProcess:
         """Keep the present version, and at the end the model; the run is not over before this is reported."""
         trainer = self._trainer
         assert trainer is not None
+        self._doing = f"saves version {trainer.version}"
         checkpoints, keep = self._directory / "checkpoints", self._config.learner.keep_checkpoints
         await asyncio.to_thread(lambda: checkpoint.save(checkpoints, trainer.checkpoint(), keep=keep))
         if trainer.version >= self._config.run.steps:
@@ -154,6 +188,16 @@ class LearnerProcess:
         else:
             await self._report(newest.manifest.version, {}, published=encode(newest.signed))
 
+    def _weight(self) -> dict[str, float]:
+        """What the version published last weighs: bytes that a worker fetches, and the share of values that moved."""
+        size = self._writer.size
+        assert size is not None
+        return {
+            "snapshot_bytes": float(size.change_bytes),
+            "snapshot_changed": size.num_changed / max(size.num_values, 1),
+            "snapshot_anchor": float(size.is_anchor),
+        }
+
     async def _publish(self) -> bytes | None:
         """Put the present weights on the chain and give the signed manifest's bytes; None if an earlier life did."""
         trainer = self._trainer
@@ -162,9 +206,7 @@ class LearnerProcess:
         newest = await asyncio.to_thread(self._store.latest, POLICY)
         if newest is not None and newest.manifest.version >= version:
             return None
-        published = await asyncio.to_thread(
-            lambda: write_snapshot(self._store, self._fabric.identity, POLICY, version, to_views(trainer.tensors()))
-        )
+        published = await asyncio.to_thread(lambda: self._writer.write(version, to_views(trainer.tensors())))
         keep = self._config.learner.max_staleness + 1 + EXTRA_VERSIONS
         if self._oldest_needed is not None:
             versions = await asyncio.to_thread(self._store.versions, POLICY)
@@ -177,17 +219,35 @@ class LearnerProcess:
     ) -> None:
         """Tell the coordinator, however long it takes; then everyone else of what was published."""
         report = StepReport(version=version, metrics=metrics, manifest=published, checkpointed=checkpointed)
-        while True:
-            try:
-                reply = await self._link.call("step", report, StepReply, BATCH_DEADLINE_S)
-                break
-            except NetworkError as error:
-                _raise_if_refused(error)
-                log.warning("step %d is not reported yet: %s", version, error)
-                await asyncio.sleep(1.0)
+        with waiting(f"the report of version {version} to arrive", whom="coordinator", until="it answers"):
+            reply = await self._tell(report)
         self._oldest_needed = reply.oldest_version
         if published is not None:
             await self._publisher.announce(POLICY, version)
+
+    async def _tell(self, report: StepReport) -> StepReply:
+        while True:
+            try:
+                return await self._link.call("step", report, StepReply, BATCH_DEADLINE_S)
+            except NetworkError as error:
+                _raise_if_refused(error)
+                log.warning("version %d is not reported yet: %s", report.version, error)
+                await asyncio.sleep(1.0)
+
+    def account(self) -> Account:
+        """What the learner does, for whoever asks."""
+        acting = self.worker.account() if self.worker is not None else None
+        return Account(
+            doing=self._doing if acting is None else f"{self._doing}; {acting.doing}",
+            version=self._trainer.version if self._trainer is not None else -1,
+            queues=acting.queues if acting is not None else (),
+            rates=acting.rates if acting is not None else {},
+            counters={
+                "chunk bytes served": self._publisher.chunk_bytes_served,
+                **(acting.counters if acting is not None else {}),
+            },
+            details=acting.details if acting is not None else {},
+        )
 
     def _load(self) -> Trainer:
         """The model, continued from the newest checkpoint if there is one."""
@@ -221,16 +281,20 @@ async def run_learner(config: Config, directory: Path, ticket: Ticket) -> None:
     identity = Identity.load_or_create(directory / "identity" / "learner")
     async with await Fabric.connect(identity, ticket, config.network.join_timeout_s) as fabric:
         learner = config.learner
-        await join(fabric, ticket, "learner", "learner", device=learner.device, threads=learner.threads)
-        process = LearnerProcess(config, directory, fabric, ticket)
-        if learner.mode == "colocated":
-            await _run_colocated(process, config, directory, fabric, ticket)
-        else:
-            await process.run()
+        async with taking_part(
+            fabric, ticket, "learner", "learner", device=learner.device, threads=learner.threads
+        ) as part:
+            process = LearnerProcess(config, directory, fabric, ticket, part)
+            desk = Desk(fabric, "learner", "learner", process.account, part.member.is_granted, device=learner.device)
+            async with desk, process.linking():
+                if learner.mode == "colocated":
+                    await _run_colocated(process, config, directory, fabric, ticket, part)
+                else:
+                    await process.run()
 
 
 async def _run_colocated(
-    process: LearnerProcess, config: Config, directory: Path, fabric: Fabric, ticket: Ticket
+    process: LearnerProcess, config: Config, directory: Path, fabric: Fabric, ticket: Ticket, part: Part
 ) -> None:
     """The learner's own process acts, too; S = 0 makes sampling and training take turns."""
     workers = config.workers
@@ -242,7 +306,8 @@ async def _run_colocated(
         cache_tokens=workers.cache_tokens,
         local_store=directory / "snapshots",
     )
-    async with working(fabric, ticket, options, role="learner") as worker:
+    async with working(fabric, ticket, options, part=part) as worker:
+        process.worker = worker
         acting, learning = asyncio.create_task(worker.run()), asyncio.create_task(process.run())
         try:
             await asyncio.wait([acting, learning], return_when=asyncio.FIRST_COMPLETED)

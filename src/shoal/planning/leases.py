@@ -37,12 +37,16 @@ class LeaseBook:
     running: dict[str, Holding] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     ended: dict[str, str] = field(default_factory=dict)
+    _held_by: dict[str, dict[str, Holding]] = field(default_factory=dict)
+    """The same running leases by node, so that a loss costs no walk over all of them."""
 
     def grant(self, lease_id: str, node_id: str, rollouts: int, duration_s: float, now: float) -> None:
         """Open a lease; its id has never been used."""
         assert lease_id not in self.running and lease_id not in self.ended, f"lease {lease_id} was granted before"
         assert rollouts > 0
-        self.running[lease_id] = Holding(lease_id, node_id, rollouts, duration_s, now + duration_s)
+        holding = Holding(lease_id, node_id, rollouts, duration_s, now + duration_s)
+        self.running[lease_id] = holding
+        self._held_by.setdefault(node_id, {})[lease_id] = holding
         self.counts["leased"] += rollouts
 
     def progress(self, lease_id: str, node_id: str, tokens: int, now: float) -> bool:
@@ -62,7 +66,9 @@ class LeaseBook:
             return False
         assert accepted + rejected + void == holding.rollouts, "every rollout of a lease has one verdict"
         self._end(holding, "finished")
-        self.counts.update({"accepted": accepted, "rejected": rejected, "void": void})
+        self.counts["accepted"] += accepted
+        self.counts["rejected"] += rejected
+        self.counts["void"] += void
         return True
 
     def expire(self, now: float) -> list[Holding]:
@@ -75,7 +81,7 @@ class LeaseBook:
 
     def void_node(self, node_id: str) -> list[Holding]:
         """End every lease of a node that left or died."""
-        lost = [h for h in self.running.values() if h.node_id == node_id]
+        lost = list(self._held_by.get(node_id, {}).values())
         for holding in lost:
             self._end(holding, "void")
             self.counts["void"] += holding.rollouts
@@ -94,6 +100,10 @@ class LeaseBook:
 
     def _end(self, holding: Holding, how: str) -> None:
         del self.running[holding.lease_id]
+        held = self._held_by[holding.node_id]
+        del held[holding.lease_id]
+        if not held:
+            del self._held_by[holding.node_id]
         self.ended[holding.lease_id] = how
         while len(self.ended) > KEEP_ENDED:
             del self.ended[next(iter(self.ended))]

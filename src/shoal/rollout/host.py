@@ -14,24 +14,28 @@ import os
 import shutil
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shoal.broadcast.fetch import Fetcher
 from shoal.broadcast.publisher import announcements
+from shoal.broadcast.relay import relaying
 from shoal.broadcast.store import Store
 from shoal.broadcast.tensors import TensorView
-from shoal.engine.local import LocalEngine
+from shoal.engine.local import LocalEngine, pick_device
 from shoal.engine.source import Progress, resolve
 from shoal.envs.registry import make
 from shoal.errors import NetworkError, StorageError
+from shoal.fabric.desk import Account, Desk
+from shoal.fabric.endpoint import Endpoint, is_loopback
+from shoal.fabric.errors import RemoteError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity, data_dir
 from shoal.fabric.ticket import Ticket
-from shoal.protocol.node import NodeRole
-from shoal.rollout.link import RunLink, join, work_spec
+from shoal.fabric.waits import waiting
+from shoal.rollout.link import Part, taking_part, work_spec
 from shoal.rollout.worker import Worker
 
 log = logging.getLogger("shoal.rollout")
@@ -40,6 +44,9 @@ MAX_WORKERS_PER_MACHINE = 256
 """Identities tried before a machine is taken to be full."""
 
 MODEL_CACHE = "models"
+
+MODEL_USUAL_S = 60.0
+"""Fetching a model may take longer, and is then worth a line."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,14 @@ class WorkerOptions:
     """Where its key lies; by default the first of this user's worker identities that no other process uses."""
     local_store: Path | None = None
     """The learner's snapshot store, where it is on this very machine: chunks are read there instead of fetched."""
+    relay_host: str = ""
+    """Address on which other workers may take snapshots' chunks from this one; empty: chunks come through the fabric,
+    and are not passed on."""
     join_timeout_s: float = 30.0
+    price_usd_per_hour: float = 0.0
+    """What its owner wants for it, or pays for it; told to the run."""
+    region: str = ""
+    """Where it stands, in its owner's words; told to the run."""
 
 
 def model_cache() -> Path:
@@ -88,33 +102,86 @@ async def working(
     ticket: Ticket,
     options: WorkerOptions,
     *,
-    role: NodeRole = "worker",
+    part: Part | None = None,
     progress: Progress = lambda _: None,
     on_event: Callable[[str, dict[str, Any]], None] = lambda *_: None,
 ) -> AsyncIterator[Worker]:
     """A worker that has joined the ticket's run and is ready to `run`.
 
+    Args:
+        part: where this node has joined already, in another role beside this one.
+
     Raises:
         JoinRefused, NetworkError, ModelError, TaskError: why it cannot take part.
     """
-    name = options.name or f"{socket.gethostname()}:{os.getpid()}"
-    reply = await join(fabric, ticket, role, name, device=options.device, threads=options.threads)
-    spec = work_spec(reply)
-    environments = {env: make(what["type"], what["settings"], name=env) for env, what in spec.envs.items()}
-    model = await asyncio.to_thread(resolve, spec.model, model_cache(), progress)
-    engine = await asyncio.to_thread(
-        LocalEngine,
-        model,
-        dtype=spec.dtype,
-        device=options.device,
+    ready: list[Worker] = []
+
+    def account() -> Account:
+        return ready[0].account() if ready else Account(doing="loads the model")
+
+    async with AsyncExitStack() as stack:
+        if part is None:
+            name = options.name or f"{socket.gethostname()}:{os.getpid()}"
+            part = await stack.enter_async_context(_joining(fabric, ticket, name, options))
+            desk = Desk(fabric, name, "worker", account, part.member.is_granted, device=options.device)
+            await stack.enter_async_context(desk)
+        async with _worker(fabric, ticket, options, part, progress, on_event) as worker:
+            ready.append(worker)
+            yield worker
+
+
+def _joining(fabric: Fabric, ticket: Ticket, name: str, options: WorkerOptions) -> AbstractAsyncContextManager[Part]:
+    return taking_part(
+        fabric,
+        ticket,
+        "worker",
+        name,
+        device=str(pick_device(options.device)),
         threads=options.threads,
-        max_sequences=options.max_sequences,
-        cache_tokens=options.cache_tokens,
-        context_tokens=spec.context_tokens,
+        measures_rates=options.local_store is None and not _is_near(ticket),
+        price_usd_per_hour=options.price_usd_per_hour,
+        region=options.region,
     )
+
+
+def _is_near(ticket: Ticket) -> bool:
+    """Whether the run is on this very machine, and on no other."""
+    return bool(ticket.endpoints) and all(is_loopback(Endpoint.parse(text).host) for text in ticket.endpoints)
+
+
+@asynccontextmanager
+async def _worker(
+    fabric: Fabric,
+    ticket: Ticket,
+    options: WorkerOptions,
+    part: Part,
+    progress: Progress,
+    on_event: Callable[[str, dict[str, Any]], None],
+) -> AsyncIterator[Worker]:
+    learner_key, member = part.reply.learner_key, part.member
+    spec = work_spec(part.reply)
+    environments = {env: make(what["type"], what["settings"], name=env) for env, what in spec.envs.items()}
+    with waiting(f"model {spec.model!r} to be here", until="it is fetched and converted", usual_s=MODEL_USUAL_S):
+        model = await asyncio.to_thread(resolve, spec.model, model_cache(), progress)
+    with waiting("the engine to start", until="its weights are loaded", usual_s=MODEL_USUAL_S):
+        engine = await asyncio.to_thread(
+            LocalEngine,
+            model,
+            dtype=spec.dtype,
+            device=options.device,
+            threads=options.threads,
+            max_sequences=options.max_sequences,
+            cache_tokens=options.cache_tokens,
+            context_tokens=spec.context_tokens,
+        )
     scratch = data_dir() / "snapshots" / f"{ticket.run}-{fabric.identity.node_id}"
-    store = Store(scratch, run=ticket.run, trusted_key=reply.learner_key, durable=False)
-    fetcher = Fetcher(fabric, store, [reply.learner_key], local=options.local_store)
+    store = Store(scratch, run=ticket.run, trusted_key=learner_key, durable=False)
+    links = AsyncExitStack()
+    relay, record = None, None
+    if options.relay_host:
+        opened = relaying(fabric.identity, store, options.relay_host, allow=member.is_granted)
+        relay, record = await links.enter_async_context(opened)
+    fetcher = Fetcher(fabric, store, [learner_key], local=options.local_store, relay=relay, record=record)
 
     async def source(version: int) -> Mapping[str, TensorView]:
         before = fetcher.bytes_fetched
@@ -124,10 +191,20 @@ async def working(
             worker.fetched(fetcher.bytes_fetched - before)
             before = fetcher.bytes_fetched
 
-        return (await fetcher.fetch(version, on_progress=on_progress)).tensors
+        # The chain's key is fixed for the run; that the run still lets it publish is asked each time.
+        member.require(learner_key, "learner")
+        with member.transferring():
+            try:
+                snapshot = await fetcher.fetch(version, on_progress=on_progress)
+            except RemoteError as error:
+                if error.kind != "stranger":
+                    raise
+                await member.introduce(learner_key)
+                snapshot = await fetcher.fetch(version, on_progress=on_progress)
+        return snapshot.tensors
 
     worker = Worker(
-        RunLink(fabric, ticket, role, name, options.device, options.threads),
+        part.link,
         spec,
         engine,
         environments,
@@ -135,13 +212,13 @@ async def working(
         max_sequences=options.max_sequences,
         on_event=on_event,
     )
-    hearing = asyncio.create_task(_hear(fabric, reply.learner_key, worker))
+    hearing = asyncio.create_task(_hear(fabric, learner_key, worker))
     try:
-        await fabric.declare_alive()
         yield worker
     finally:
         hearing.cancel()
         await asyncio.gather(hearing, return_exceptions=True)
+        await links.aclose()
         await engine.close()
         with contextlib.suppress(OSError):
             shutil.rmtree(scratch)

@@ -18,6 +18,10 @@ from contextlib import contextmanager
 from shoal.broadcast.fetch import SnapshotGone
 from shoal.broadcast.tensors import TensorView
 from shoal.engine.local import LocalEngine
+from shoal.fabric.waits import waiting
+
+USUAL_WAIT_S = 60.0
+"""Rollouts that pin a version end within this where all is well; what a fetch waits for tells of itself."""
 
 Source = Callable[[int], Awaitable[Mapping[str, TensorView]]]
 """Fetches and verifies all tensors of a version."""
@@ -62,6 +66,11 @@ class Policy:
             ModelError: the engine does not take it.
         """
         self.heard_of(version)
+        what = f"policy version {version}{' exactly' if exact else ''}"
+        with waiting(what, until="it is here and may be swapped in", usual_s=USUAL_WAIT_S):
+            await self._reach(version, exact=exact)
+
+    async def _reach(self, version: int, *, exact: bool) -> None:
         while not self._serves(version, exact=exact):
             if self._loading or not self._may_become(version):
                 await self._changed.wait()

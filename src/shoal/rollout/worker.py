@@ -8,8 +8,8 @@ Backpressure: it asks for a lease only while it has free sequence slots, and for
 version. Invariants: each lease ends in one submission, or is dropped because the coordinator said so; a lease shows
 progress only while tokens are drawn for it or its policy arrives, so one that is stuck is lost; whatever fails on this
 side is void and says why, and an engine that has failed ends the worker with that error; when the coordinator is silent
-for `LOST_AFTER_S` the worker gives up with an error; stopping (`stop()`) finishes what runs within `grace_s`, then
-says goodbye.
+for too long (`patience`) the worker gives up with an error; stopping (`stop()`) finishes what runs within `grace_s`,
+then says goodbye.
 """
 
 from __future__ import annotations
@@ -25,24 +25,22 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from shoal.engine.local import LocalEngine
+from shoal.engine.local import MAX_REQUESTS, LocalEngine
 from shoal.envs.base import Environment
 from shoal.errors import ModelError, NetworkError, ShoalError
+from shoal.fabric.desk import Account
 from shoal.fabric.errors import RemoteError
+from shoal.fabric.waits import waiting
 from shoal.protocol.episode import Episode
 from shoal.protocol.sampling import Completion, SampleRequest
+from shoal.protocol.status import QueueState
 from shoal.protocol.work import Lease, Submission, WorkSpec
 from shoal.rollout.episode import EpisodeSpec, run_episode
-from shoal.rollout.link import RunLink
+from shoal.rollout.link import DEADLINE_S, RunLink
+from shoal.rollout.patience import LOST_AFTER_S, RETRY_S, Patience
 from shoal.rollout.policy import Policy, Source
 
 log = logging.getLogger("shoal.rollout")
-
-LOST_AFTER_S = 120.0
-"""A coordinator that has not answered for this long is taken for gone. Its restart takes less."""
-
-RETRY_S = 1.0
-"""Between tries when the coordinator does not answer."""
 
 LARGEST_GROUP = 4096
 """An idle worker takes a group of any size: what does not fit its slots waits in the engine."""
@@ -114,7 +112,7 @@ class Worker:
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._bytes_fetched = 0
         self._news = asyncio.Event()
-        self._last_answer = time.monotonic()
+        self._patience = Patience()
         self._rate: deque[tuple[float, int]] = deque(maxlen=256)
         self.policy = Policy(engine, source, self._swapped)
         self.num_submitted = 0
@@ -139,7 +137,8 @@ class Worker:
             NetworkError: the coordinator has been silent for too long.
             ModelError: the engine has failed.
         """
-        side = [asyncio.create_task(self._heartbeats()), asyncio.create_task(self._follow())]
+        self._patience.answered()
+        side = [asyncio.create_task(part) for part in (self._heartbeats(), self._follow(), self._patience.tell())]
         leasing = asyncio.create_task(self._lease_loop())
         stopping = asyncio.create_task(self._stopping.wait())
         over = asyncio.create_task(self._over.wait())
@@ -180,11 +179,12 @@ class Worker:
                 continue
             free_slots = self._max_sequences - busy if busy else max(self._max_sequences, LARGEST_GROUP)
             try:
-                reply = await self._link.lease(self.policy.version, free_slots)
+                with waiting("an answer to its question for a lease", whom="coordinator", deadline_s=DEADLINE_S):
+                    reply = await self._link.lease(self.policy.version, free_slots)
             except NetworkError as error:
-                await self._unanswered(error)
+                await self._patience.unanswered(error)
                 continue
-            self._last_answer = time.monotonic()
+            self._patience.answered()
             if reply.ended:
                 self._over.set()
                 return
@@ -227,10 +227,14 @@ class Worker:
 
     async def _submit(self, submission: Submission) -> None:
         """Repeat until the coordinator has answered: submissions are idempotent."""
+        with waiting(f"the verdict on lease {submission.lease}", whom="coordinator", deadline_s=LOST_AFTER_S):
+            await self._submit_until_answered(submission)
+
+    async def _submit_until_answered(self, submission: Submission) -> None:
         while True:
             try:
                 await self._link.submit(submission)
-                self._last_answer = time.monotonic()
+                self._patience.answered()
                 self.num_submitted += len(submission.episodes)
                 return
             except RemoteError as error:
@@ -239,7 +243,7 @@ class Worker:
                     return
                 await asyncio.sleep(RETRY_S)
             except NetworkError as error:
-                await self._unanswered(error)
+                await self._patience.unanswered(error)
 
     async def _episode(self, job: _Job, index: int) -> Episode:
         lease = job.lease
@@ -289,11 +293,12 @@ class Worker:
             last_drawn, last_fetched = drawn, fetched
             progress = {lease_id: job.progress for lease_id, job in self._jobs.items()}
             try:
-                reply = await self._link.heartbeat(self.policy.version, progress, self._tokens_per_s())
+                with waiting("an answer to its heartbeat", whom="coordinator", deadline_s=DEADLINE_S):
+                    reply = await self._link.heartbeat(self.policy.version, progress, self._tokens_per_s())
             except NetworkError as error:
-                await self._unanswered(error)
+                await self._patience.unanswered(error)
                 continue
-            self._last_answer = time.monotonic()
+            self._patience.answered()
             if reply.newest_version > self.policy.newest:
                 self.published(reply.newest_version)
             for lease_id in reply.gone:
@@ -316,14 +321,40 @@ class Worker:
                 log.warning("version %d could not be fetched yet: %s", self.policy.newest, error)
                 await asyncio.sleep(RETRY_S)
 
-    async def _unanswered(self, error: NetworkError) -> None:
-        silent_s = time.monotonic() - self._last_answer
-        if silent_s > LOST_AFTER_S:
-            raise NetworkError(
-                f"the coordinator has not answered for {silent_s:.0f} s ({error.problem}).",
-                "See whether the run still lives; the worker can join again with the same ticket.",
-            )
-        await asyncio.sleep(RETRY_S)
+    def account(self) -> Account:
+        """What this worker does, for whoever asks."""
+        stats = self._engine.stats()
+        acting = [job for job in self._jobs.values() if job.acting]
+        rollouts = sum(len(job.lease.tasks) for job in acting)
+        if self._patience.is_tried:
+            doing = f"has had no answer of the coordinator for {self._patience.silent_s:.0f} s"
+        elif acting:
+            doing = f"samples {rollouts} rollouts under version {self.policy.version}"
+        elif self._jobs:
+            doing = f"gets version {self.policy.newest}"
+        else:
+            doing = "has no lease"
+        held = "\n".join(
+            f"{job.lease.id} version {job.lease.min_version}{' exactly' if job.lease.exact_version else ''}: "
+            f"{len(job.lease.tasks)} rollouts, {job.progress} tokens, {'acts' if job.acting else 'waits'}"
+            for job in self._jobs.values()
+        )
+        return Account(
+            doing=doing,
+            version=self.policy.version,
+            queues=(
+                QueueState(name="rollouts", length=rollouts, bound=self._max_sequences),
+                QueueState(name="sequences sampled", length=stats.live, bound=self._max_sequences),
+                QueueState(name="sequences waiting", length=stats.waiting, bound=MAX_REQUESTS),
+            ),
+            rates={"tokens": self._tokens_per_s()},
+            counters={
+                "rollouts submitted": self.num_submitted,
+                "tokens drawn": stats.tokens_drawn,
+                "bytes fetched": self._bytes_fetched,
+            },
+            details={"leases": held or "none"},
+        )
 
     def _swapped(self, version: int, fetched_s: float, pause_s: float) -> None:
         self._on_event("policy.swapped", {"version": version, "fetch_s": fetched_s, "pause_s": pause_s})

@@ -5,11 +5,12 @@
     invites   join secrets: single-use, expiring                   pure
     rate      how much one sender, or all strangers, may send      pure
     roster    merging signed records into one view                 pure
-    sealing   bytes that only one node can read                    pure
     keyfile   secrets on disk, for their owner only
     measure   delay and rates between nodes                        over the fabric
+    pace      how often nodes tell and compare                     pure
     exchange  two nodes comparing notes                            over the fabric
     gossip    spreading records until everybody knows them         over the fabric
+    member    one node's whole part in it                          over the fabric
 
 Nobody is special for reading the roster: every node keeps it whole and any node can answer for it. One key is special
 for writing: the run's root (the coordinator's identity), which signs grants and revocations.

@@ -105,7 +105,7 @@ class Exchange:
                 progress = lacking != given or self._roster.revision != revision
                 if digest is not None and not (progress and (full or lacking != Bundle())):
                     return
-                digest, given = self._roster.digest(now), lacking
+                digest, given = self._roster.digest(now, deep=deep), lacking
                 summary = self._roster.summary(now)
                 reply = await self._ask(node_id, SyncRequest(summary=summary, digest=digest, bundle=lacking))
 
@@ -129,7 +129,7 @@ class Exchange:
         now = self._clock()
         differs = sync.summary != self._roster.summary(now)
         reply = SyncReply(
-            digest=self._roster.digest(now) if differs else None,
+            digest=self._roster.digest(now, deep=False) if differs else None,
             bundle=Bundle() if sync.digest is None else self._roster.missing(sync.digest, now, MAX_SYNC_RECORDS),
         )
         return encode(reply)

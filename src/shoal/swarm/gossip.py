@@ -25,7 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import msgspec
 from blake3 import blake3
@@ -38,6 +38,7 @@ from shoal.fabric.topic import Message, Subscription
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.roster import Bundle, NodeRecord, SignedRecord
 from shoal.swarm.exchange import Exchange
+from shoal.swarm.pace import DEFAULT_PACE, Pace, slowdown
 from shoal.swarm.rate import RateLimiter
 from shoal.swarm.roster import Roster
 from shoal.swarm.signing import sign
@@ -57,34 +58,18 @@ STRANGER_RATE_PER_S, STRANGER_BURST = 50.0, 200.0
 HEAL_ROUNDS = 6
 """Quick exchanges after many nodes came back. News doubles its hearers each round, and half have it already."""
 
+QUIET_ROUNDS = 2
+"""After so many exchanges in a row that brought nothing, the rest is left to the regular ones."""
+
+RETURNING_S = 1.5
+"""How long the others may take to come back, one after the other, before what was missed is asked for: a link is
+dialled again within a second, and what is told before somebody is back has to be told again."""
+
 DEEP_SHARE = 1 / 8
 """Exchanges that compare digests though the summaries may agree: they cost some 200 bytes a node."""
 
 MAX_LOST = 8192
 """Nodes remembered as lost; the rest come back without being noticed as such."""
-
-
-class Pace(NamedTuple):
-    """How often things happen, in seconds."""
-
-    refresh_s: float = 10.0
-    """One's own record is told again at least so often."""
-    ttl_s: float = 30.0
-    """How long the others believe it: three refreshes."""
-    settle_s: float = 1.0
-    """Changes of one's own record within this time are told as one; equal to what others accept in the long run."""
-    sync_s: float = 2.0
-    """Notes are compared so often, give or take half."""
-    deadline_s: float = 3.0
-    """No exchange takes longer."""
-    heal_s: float = 0.3
-    """How long to wait after nodes came back, until the network carries again, and for the others to come too."""
-    join_peers: int = 3
-    warn_s: float = 0.5
-    """Within this time after finding an equivocator the proof is published, unless somebody else did it first."""
-
-
-DEFAULT_PACE = Pace()
 
 
 class Gossip:
@@ -135,10 +120,15 @@ class Gossip:
         self._watch: AliveWatch | None = None
         self._runner: asyncio.Task[None] | None = None
 
-    def announce(self, profile: NodeRecord) -> None:
-        """Say this of oneself from now on. Key, run, sequence number and time are filled in."""
+    def announce(self, profile: NodeRecord, *, soon: bool = True) -> None:
+        """Say this of oneself from now on. Key, run, sequence number and time are filled in.
+
+        Args:
+            soon: tell it within `settle_s`; otherwise it goes with the next record, within `refresh_s`, at no cost.
+        """
         self._profile = profile
-        self._renew.set()
+        if soon:
+            self._renew.set()
 
     async def spread(self, bundle: Bundle) -> None:
         """Take in, and tell everybody: the root's grants and revocation lists, or proofs against a node."""
@@ -275,10 +265,11 @@ class Gossip:
     async def _tell_regularly(self) -> None:
         while True:
             self._renew.clear()
+            slower = slowdown(self._pace, len(self.roster.entries))
             if self._profile is not None:
-                await self._tell(self._profile, self._pace.ttl_s)
+                await self._tell(self._profile, self._pace.ttl_s * slower)
             await asyncio.sleep(self._pace.settle_s)
-            wait_s = self._pace.refresh_s * self._random.uniform(0.8, 1.0) - self._pace.settle_s
+            wait_s = self._pace.refresh_s * slower * self._random.uniform(0.8, 1.0) - self._pace.settle_s
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(max(0.0, wait_s)):
                     await self._renew.wait()
@@ -328,20 +319,33 @@ class Gossip:
 
     async def _heal_when_needed(self) -> None:
         while True:
-            await self._heal.wait()
-            await asyncio.sleep(self._pace.heal_s * self._random.uniform(0.5, 1.5))
-            self._heal.clear()
+            await self._all_returned()
             returned, self._returned = self._returned, set()
-            present = self._present()
+            present = self.present
             if 4 * len(returned) < len(present):
                 continue  # A few came back: they tell themselves, and the regular exchanges do for the rest.
             if 2 * len(returned) >= len(present):
                 await self._tell_again()
             first = sorted(returned & present)
+            num_quiet = 0
             for others in (first, *([None] * (HEAL_ROUNDS - 1))):
+                revision = self.roster.revision
                 for node_id in self._choose(1, others):
                     await self.sync_with(node_id, deep=others is first)
+                num_quiet = num_quiet + 1 if self.roster.revision == revision else 0
+                if num_quiet == QUIET_ROUNDS:
+                    break
                 await asyncio.sleep(self._pace.heal_s * self._random.uniform(0.5, 1.5))
+
+    async def _all_returned(self) -> None:
+        """Wait until nodes have come back, and then until none has for a moment."""
+        await self._heal.wait()
+        loop = asyncio.get_running_loop()
+        give_up_at = loop.time() + RETURNING_S
+        while self._heal.is_set() and loop.time() < give_up_at:
+            self._heal.clear()
+            await asyncio.sleep(self._pace.heal_s * self._random.uniform(0.5, 1.5))
+        self._heal.clear()
 
     async def _warn_when_needed(self) -> None:
         while True:
@@ -354,10 +358,12 @@ class Gossip:
                     await self._publish(Bundle(evidence=(proof,)))
 
     def _choose(self, number: int, among: list[str] | None = None) -> list[str]:
-        present = sorted(self._present()) if among is None else among
+        present = sorted(self.present) if among is None else among
         return self._random.sample(present, min(number, len(present)))
 
-    def _present(self) -> frozenset[str]:
+    @property
+    def present(self) -> frozenset[str]:
+        """Ids of the other nodes that the fabric sees."""
         watch = self._watch
         return watch.present - {self.fabric.identity.node_id} if watch is not None else frozenset()
 

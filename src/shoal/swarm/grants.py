@@ -66,6 +66,10 @@ Verdict = Literal[
 DenialCode = Literal["ungranted", "not_yet", "expired", "revoked", "role", "secret", "used"]
 
 
+class GrantExpired(JoinRefused):
+    """The grant has ended, or was never heard of: a node whose invitation still holds gets another by joining again."""
+
+
 class Denial(NamedTuple):
     """Why not."""
 
@@ -74,7 +78,8 @@ class Denial(NamedTuple):
 
     def error(self) -> JoinRefused:
         """For handlers, which refuse by raising."""
-        return JoinRefused(self.reason, "Ask whoever started the run for a fresh ticket.")
+        kind = GrantExpired if self.code in ("expired", "ungranted") else JoinRefused
+        return kind(self.reason, "Ask whoever started the run for a fresh ticket.")
 
 
 def issue(
@@ -210,6 +215,10 @@ class GrantBook:
         """Whether `key` may act in any role now."""
         return key == self.root or bool(self._valid(key, now))
 
+    def is_revoked(self, key: bytes) -> bool:
+        """Whether everything that `key` was granted, and will be, is taken back."""
+        return key in self._subjects
+
     def authorise(self, key: bytes, role: SwarmRole, now: float) -> Denial | None:
         """Why `key` may not act in `role` now, or `None` if it may."""
         if role in self.roles(key, now):
@@ -235,6 +244,10 @@ class GrantBook:
         denial = self.authorise(key, role, now)
         if denial is not None:
             raise denial.error()
+
+    def until(self, key: bytes, roles: frozenset[SwarmRole], now: float) -> float:
+        """Until when `key` may act in all of these roles by one grant, in Unix seconds; 0 where it may not now."""
+        return max((grant.expires_at for grant in self._valid(key, now) if roles <= set(grant.roles)), default=0.0)
 
     def presentable(self, key: bytes, now: float) -> SignedRecord | None:
         """The grant that a key shows to others: of its valid ones that which ends last."""

@@ -80,9 +80,22 @@ class Entry:
     record: NodeRecord
     signed: SignedRecord
     window: dict[int, SignedRecord]
+    marks: dict[int, bytes]
+    """Of the records in the window: every comparison of notes needs all of them."""
     heard_at: float
     spoke_at: float = 0.0
     """When the node itself, not another, brought this record."""
+
+    def remember(self, sequence: int, signed: SignedRecord) -> None:
+        """Keep one more record in the window, and the newest of too many."""
+        self.window[sequence], self.marks[sequence] = signed, mark(signed)
+        for old in sorted(self.window)[:-WINDOW]:
+            del self.window[old], self.marks[old]
+
+    def digest(self, deep: bool) -> dict[int, bytes]:
+        """Sequence numbers and short marks, of the whole window or of the newest record."""
+        chosen = self.marks if deep else {self.record.sequence: self.marks[self.record.sequence]}
+        return {number: found[:SHORT_MARK_BYTES] for number, found in chosen.items()}
 
     def is_current(self, now: float) -> bool:
         return now < min(self.heard_at, self.record.issued_at + CLOCK_WINDOW_S) + self.record.ttl_s
@@ -170,18 +183,22 @@ class Roster:
         """The highest sequence number known of a key; 0 for none. A node that restarts goes on from its own."""
         return self.entries[key].record.sequence if key in self.entries else 0
 
-    def digest(self, now: float) -> Digest:
-        """What is known here, in short."""
-        known = [
-            DigestEntry(key, {n: _short_mark(signed) for n, signed in entry.window.items()})
-            for key, entry in self.entries.items()
-        ]
+    def digest(self, now: float, *, deep: bool = True) -> Digest:
+        """What is known here, in short.
+
+        Args:
+            deep: all records of the windows, which finds old forks; otherwise each node's newest alone.
+        """
+        known = [DigestEntry(key, entry.digest(deep)) for key, entry in self.entries.items()]
         convicted = [DigestEntry(key, {}) for key in self._convicted(now)]
         return Digest(nodes=tuple(known + convicted), revocations=self.grants.revocation_sequence)
 
     def summary(self, now: float) -> bytes:
         """Equal for two nodes that agree on every newest record (older ones, only digests compare)."""
-        lines = [key + entry.record.sequence.to_bytes(8, "big") + mark(entry.signed) for key, entry in self._held(now)]
+        lines = [
+            key + entry.record.sequence.to_bytes(8, "big") + entry.marks[entry.record.sequence]
+            for key, entry in self._held(now)
+        ]
         lines += [key + b"equivocated" for key in self._convicted(now)]
         hasher = blake3(self.grants.revocation_sequence.to_bytes(8, "big"))
         for line in sorted(lines):
@@ -206,7 +223,7 @@ class Roster:
                 told_of.append(key)
             for number, theirs_short in told.window.items() if told is not None else ():
                 ours = entry.window.get(number)
-                if ours is not None and _short_mark(ours) != theirs_short:
+                if ours is not None and entry.marks[number][:SHORT_MARK_BYTES] != theirs_short:
                     records.append(ours)  # They hold another record under this number: with ours they can prove it.
                     break
         grants = [self.grants.presentable(key, now) for key in told_of]
@@ -251,7 +268,7 @@ class Roster:
         if record.issued_at > now + CLOCK_WINDOW_S:
             return "clock"
         if entry is not None and record.sequence <= entry.record.sequence:
-            self._remember(entry.window, record.sequence, signed)
+            entry.remember(record.sequence, signed)
             return "older"
         if record.issued_at + record.ttl_s + CLOCK_WINDOW_S < now:
             return "expired"
@@ -260,9 +277,10 @@ class Roster:
             return refusal
         if not self._rate.take(key, now):
             return "rate"
-        window = dict(entry.window) if entry is not None else {}
-        self._remember(window, record.sequence, signed)
-        self.entries[key] = Entry(record, signed, window, heard_at=now, spoke_at=now if directly else 0.0)
+        window, marks = (dict(entry.window), dict(entry.marks)) if entry is not None else ({}, {})
+        newer = Entry(record, signed, window, marks, heard_at=now, spoke_at=now if directly else 0.0)
+        newer.remember(record.sequence, signed)
+        self.entries[key] = newer
         return "new"
 
     def _admit(self, key: bytes, now: float) -> Verdict | None:
@@ -303,11 +321,6 @@ class Roster:
         self.revision += 1
         return "equivocation"
 
-    def _remember(self, window: dict[int, SignedRecord], sequence: int, signed: SignedRecord) -> None:
-        window[sequence] = signed
-        for old in sorted(window)[:-WINDOW]:
-            del window[old]
-
     def _held(self, now: float) -> list[tuple[bytes, Entry]]:
         """Entries that are shown and passed on: current, and of keys that may be here."""
         return [(key, entry) for key, entry in self.entries.items() if self._is_held(key, entry, now)]
@@ -336,7 +349,3 @@ class Roster:
     def _count(self, verdict: Verdict) -> Verdict:
         self.counters[verdict] += 1
         return verdict
-
-
-def _short_mark(signed: SignedRecord) -> bytes:
-    return mark(signed)[:SHORT_MARK_BYTES]
