@@ -19,6 +19,8 @@ class Node:
     device: str
     joined_at: float
     alive: bool = True
+    departed: bool = False
+    """Where it is not alive: it said goodbye or was sent away, and did not just fall silent."""
     version: int = 0
     tokens_per_s: float = 0.0
     seen: float = field(default_factory=time.monotonic)

@@ -211,14 +211,17 @@ class Coordinator:
 
     def _seen(self, node_id: str) -> Node:
         node = self.nodes[node_id]
-        node.seen, node.alive = time.monotonic(), True
+        node.seen = time.monotonic()
+        if not node.alive:
+            node.alive = True
+            self.run.event("node.returned", node_id, name=node.name, role=node.role)
         return node
 
     def _gone(self, node_id: str, reason: str) -> None:
         node = self.nodes.get(node_id)
         if node is None or not node.alive:
             return
-        node.alive = False
+        node.alive, node.departed = False, reason != "died"
         self.watch.gone(node_id, reason)
         self.control.node_left(node_id, reason)
         self.run.event("node.left", node_id, name=node.name, role=node.role, reason=reason)
@@ -277,9 +280,12 @@ class Coordinator:
     async def _watch(self) -> None:
         async with self._fabric.watch_alive() as changes:
             async for change in changes:
+                node = self.nodes.get(change.node_id)
                 if not change.alive:
                     self._gone(change.node_id, "died")
-                    await self._notify()
+                elif node is not None and not node.alive and not node.departed:
+                    self._seen(change.node_id)  # its connection was lost and stands again
+                await self._notify()
 
     async def _notify(self) -> None:
         async with self._changed:
