@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from learner_cases import VOCAB, completion, episode, random_episodes, random_ids, tiny_model
+from msgspec.structs import replace
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -97,6 +98,16 @@ def test_metrics_count_what_was_given() -> None:
     stds = [np.std([e.reward for e in episodes[g : g + 4]], ddof=1) for g in range(0, 16, 4)]
     assert metrics["reward_std"] == pytest.approx(np.mean(stds))
     assert metrics["groups_skipped"] == sum(std == 0 for std in stds)
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_a_group_without_advantage_trains_only_where_it_is_asked_for(skips: bool) -> None:
+    episodes = [replace(e, reward=1.0) for e in random_episodes(0, groups=2, size=4)]
+    settings = AsyncLearner(lr=1e-2, loss=GrpoLoss(kl_beta=0.1), skip_zero_advantage=skips)
+    trainer = Trainer(tiny_model(), settings)
+    next(iter(trainer.trainable().values())).data.mul_(1.1)  # away from the reference
+    metrics = trainer.step(episodes)
+    assert (metrics["groups_skipped"], metrics["applied"]) == ((2, 0) if skips else (0, 1))
 
 
 def test_with_unchanged_weights_every_ratio_is_one_and_the_gradient_is_the_policy_gradient() -> None:

@@ -135,6 +135,9 @@ class _LearnerSection(Section):
     run's last step."""
     advantage: Advantage = Advantage()
     """How a group's rewards become advantages."""
+    skip_zero_advantage: bool = True
+    """Leave groups whose rewards are all equal out of the step: they have no policy gradient. False computes them, for
+    the KL penalty of their tokens."""
     loss: Loss = GrpoLoss()
     """The policy-gradient loss."""
     lora: Lora | None = None

@@ -227,9 +227,9 @@ class Watch:
         """Every node that is here, was lost lately, or was started here and has not joined yet."""
         now = time.monotonic()
         found = [self._view(node, now) for node in self._nodes.values() if self._is_shown(node, now)][:MAX_NODES]
-        joined = {view.name for view in found}
+        last_seen = {node.name: node.seen for node in self._nodes.values()}
         for name, process in self._processes.items():
-            if name not in joined:
+            if last_seen.get(name, 0.0) < process.started_at:
                 role = "learner" if name == "learner" else "worker"
                 age_s = now - process.started_at
                 found.append(NodeView(node_id="", name=name, role=role, state="starting", silent_s=age_s))

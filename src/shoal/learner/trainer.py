@@ -141,8 +141,7 @@ class Trainer:
         """Advantages, trajectories and micro-batches of one step."""
         config = self.model.config
         usable = [e for e in episodes if fits(e, config.vocab_size, config.max_position_embeddings)]
-        # A KL penalty has a gradient in groups without advantage too, so then they are computed.
-        kept, summary = assemble(usable, self.settings.advantage, skip=self.settings.loss.kl_beta == 0)
+        kept, summary = assemble(usable, self.settings.advantage, skip=self.settings.skip_zero_advantage)
         denominators = Denominators(summary.num_episodes, summary.num_tokens, self._max_response_tokens)
         rows = tuple(pack(kept, self.settings.microbatch_tokens))
         return StepBatch(rows, denominators, summary, len(episodes) - len(usable))
