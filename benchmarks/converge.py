@@ -1,11 +1,12 @@
 """How soon a swarm agrees again after a partition, and what keeping its roster costs.
 
-Light nodes (all but the model) in one process, connected to one listener on loopback; half of them over a relay that
-is cut: connections break, new ones are refused. While they are apart every node changes its record, so that each side
-has news for the other. Time runs from the mend until all rosters hold the same records of all nodes; `links_s` is the
-part of it that passes until every node sees every other's sign of life, before which nobody can be asked.
+Light nodes (all but the model) connected to one listener on loopback: half of them in this process, half in another
+and over a relay that is cut: connections break, new ones are refused. While they are apart every node changes its
+record, so that each side has news for the other. Time runs from the mend until all rosters hold the same records of
+all nodes; `links_s` is the part of it that passes until every node sees every other's sign of life, before which
+nobody can be asked.
 
-All nodes share this machine's cores and one interpreter, so the figures are upper bounds for nodes that have a
+All nodes share this machine's cores and two interpreters, so the figures are upper bounds for nodes that have a
 machine each; bytes are of TCP payload at the relay, both ways, divided by its nodes.
 """
 
@@ -15,9 +16,12 @@ import argparse
 import asyncio
 import contextlib
 import json
+import secrets
 import statistics
+import sys
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from msgspec.structs import replace
@@ -87,6 +91,87 @@ class Relay:
         raise ConnectionResetError
 
 
+class Near:
+    """The nodes of this process."""
+
+    def __init__(self, members: list[Member], size: int) -> None:
+        self._members = members
+        self._size = size
+
+    async def update(self, number: int) -> None:
+        """Every node changes its record."""
+        for member in self._members:
+            member.update(soon=True, region=str(number))
+
+    async def linked(self) -> bool:
+        """Whether every node here sees every other's sign of life."""
+        return all(len(member.gossip.present) == self._size - 1 for member in self._members)
+
+    async def agree(self, number: int) -> bool:
+        """Whether every node here holds all nodes' records of this round."""
+        views = [member.nodes() for member in self._members]
+        return all(len(seen) == self._size and all(n.record.region == str(number) for n in seen) for seen in views)
+
+
+class Far:
+    """The nodes of another process, asked line by line: `["agree", 3]` is answered by `true`."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdin is not None and process.stdout is not None
+        self._stdin, self._stdout = process.stdin, process.stdout
+
+    async def ask(self, *question: Any) -> Any:
+        self._stdin.write(json.dumps(question).encode() + b"\n")
+        async with asyncio.timeout(PATIENCE_S):
+            answer = await self._stdout.readline()
+        if not answer:
+            raise TaskError("the process of the far nodes has ended.", "Try again on a less busy machine.")
+        return json.loads(answer)
+
+    async def update(self, number: int) -> None:
+        await self.ask("update", number)
+
+    async def linked(self) -> bool:
+        return bool(await self.ask("linked"))
+
+    async def agree(self, number: int) -> bool:
+        return bool(await self.ask("agree", number))
+
+
+@asynccontextmanager
+async def _far(ticket: Ticket, seed: bytes, nodes: int, size: int) -> AsyncIterator[Far]:
+    command = [sys.executable, __file__, "--far", ticket.encode(), str(nodes), str(size)]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe)
+    far = Far(process)
+    try:
+        await far.ask(seed.hex())
+        yield far
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def _be_far(ticket: Ticket, nodes: int, size: int) -> None:
+    """The other process: as many nodes as asked for, until its input ends."""
+    lines = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(lines), sys.stdin)
+    root = Identity(bytes.fromhex(json.loads(await lines.readline())[0]))
+    async with AsyncExitStack() as stack:
+        members = [await _enter(stack, ticket, Identity.generate(), root) for _ in range(nodes)]
+        near = Near(members, size)
+        verbs: dict[str, Callable[..., Awaitable[Any]]] = {
+            "update": near.update,
+            "linked": near.linked,
+            "agree": near.agree,
+        }
+        print("true", flush=True)
+        while line := await lines.readline():
+            verb, *arguments = json.loads(line)
+            print(json.dumps(await verbs[verb](*arguments)), flush=True)
+
+
 async def measure(nodes: int = 64, *, rounds: int = 3) -> dict[str, Any]:
     """Seconds to converge after `rounds` partitions, and traffic at rest.
 
@@ -94,24 +179,27 @@ async def measure(nodes: int = 64, *, rounds: int = 3) -> dict[str, Any]:
         TaskError: the swarm did not agree within a minute.
     """
     async with AsyncExitStack() as stack:
-        root = Identity.generate()
+        seed = secrets.token_bytes(32)
+        root = Identity(seed)
         listener = await stack.enter_async_context(await Fabric.listen(root))
         relay = Relay(int(listener.endpoints[0].rpartition(":")[2]))
         await relay.mend()
         stack.push_async_callback(relay.cut)
         ticket = listener.ticket(RUN, b"0123456789abcdef")
-        far = replace(ticket, endpoints=(f"tcp/127.0.0.1:{relay.port}",))
-        members = [await _enter(stack, listener, root, root)]
+        over_relay = replace(ticket, endpoints=(f"tcp/127.0.0.1:{relay.port}",))
         started = time.monotonic()
-        for number in range(nodes - 1):
-            members.append(await _enter(stack, far if number < nodes // 2 else ticket, Identity.generate(), root))
-        await _until(lambda: _agree(members, nodes, 0))
+        members = [await _enter(stack, listener, root, root)]
+        far = await stack.enter_async_context(_far(over_relay, seed, nodes // 2, nodes))
+        for _ in range(nodes - 1 - nodes // 2):
+            members.append(await _enter(stack, ticket, Identity.generate(), root))
+        sides = (Near(members, nodes), far)
+        await _until(lambda: _all(side.agree(0) for side in sides))
         join_s = time.monotonic() - started
         before, cpu_before = relay.num_bytes, time.process_time()
         await asyncio.sleep(IDLE_S)
         rate = (relay.num_bytes - before) / IDLE_S / (nodes // 2)
-        cpu = (time.process_time() - cpu_before) / IDLE_S / nodes
-        healed = [await _partition(members, relay, number) for number in range(1, rounds + 1)]
+        cpu = (time.process_time() - cpu_before) / IDLE_S / len(members)
+        healed = [await _partition(sides, relay, number) for number in range(1, rounds + 1)]
     return {
         "nodes": nodes,
         "join_s": round(join_s, 2),
@@ -135,32 +223,28 @@ async def _enter(stack: AsyncExitStack, where: Fabric | Ticket, identity: Identi
     return await stack.enter_async_context(Member(fabric, RUN, root.public_key, record, grants=grants))
 
 
-async def _partition(members: list[Member], relay: Relay, number: int) -> tuple[float, float]:
+async def _partition(sides: tuple[Near, Far], relay: Relay, number: int) -> tuple[float, float]:
     """Seconds from the mend until all see all, and until all hold the same."""
     await relay.cut()
     await asyncio.sleep(CUT_S / 2)
-    for member in members:
-        member.update(soon=True, region=str(number))
+    for side in sides:
+        await side.update(number)
     await asyncio.sleep(CUT_S / 2)
     await relay.mend()
     mended = time.monotonic()
-    await _until(lambda: all(len(member.gossip.present) == len(members) - 1 for member in members))
+    await _until(lambda: _all(side.linked() for side in sides))
     links_s = time.monotonic() - mended
-    await _until(lambda: _agree(members, len(members), number))
+    await _until(lambda: _all(side.agree(number) for side in sides))
     return links_s, time.monotonic() - mended
 
 
-def _agree(members: list[Member], size: int, number: int) -> bool:
-    for member in members:
-        seen = member.nodes()
-        if len(seen) != size or any(node.record.region != str(number) for node in seen):
-            return False
-    return True
+async def _all(conditions: Iterable[Awaitable[bool]]) -> bool:
+    return all(await asyncio.gather(*conditions))
 
 
-async def _until(condition: Any) -> None:
+async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
     deadline = time.monotonic() + PATIENCE_S
-    while not condition():
+    while not await condition():
         if time.monotonic() > deadline:
             raise TaskError("the swarm did not agree within a minute.", "Try again on a less busy machine.")
         await asyncio.sleep(0.02)
@@ -169,5 +253,10 @@ async def _until(condition: Any) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--nodes", type=int, default=64)
+    parser.add_argument("--far", nargs=3, metavar=("TICKET", "NODES", "SIZE"), help="be the other process")
+    options = parser.parse_args()
     with contextlib.suppress(KeyboardInterrupt):
-        print(json.dumps(asyncio.run(measure(parser.parse_args().nodes))))
+        if options.far:
+            asyncio.run(_be_far(Ticket.decode(options.far[0]), int(options.far[1]), int(options.far[2])))
+        else:
+            print(json.dumps(asyncio.run(measure(options.nodes))))
