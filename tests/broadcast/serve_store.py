@@ -22,8 +22,8 @@ LEARNER = Identity(b"learner".ljust(32))
 async def main(directory: Path) -> None:
     store = Store(directory, run="a run", trusted_key=LEARNER.public_key)
     for version in (1, 2):
-        data = random.Random(version).randbytes(6_000_001)
-        write_snapshot(store, LEARNER, "policy", version, {"w": view_of("U8", (6_000_001,), data)}, chunk_bytes=2**20)
+        data = random.Random(version).randbytes(30_000_001)
+        write_snapshot(store, LEARNER, "policy", version, {"w": view_of("U8", (30_000_001,), data)}, chunk_bytes=2**20)
     async with await Fabric.listen(Identity.generate()) as fabric:
         publisher = Publisher(fabric, store)
         await publisher.start()

@@ -475,7 +475,7 @@ async def test_between_processes_and_death_of_the_source(make_store: MakeStore, 
             fetcher = Fetcher(node, make_store("mine"), [ticket.coordinator_key])
             snapshot = await fetcher.fetch()
             assert snapshot.version == 2
-            assert bytes(snapshot.tensors["w"].data) == random.Random(2).randbytes(6_000_001)
+            assert bytes(snapshot.tensors["w"].data) == random.Random(2).randbytes(30_000_001)
             process.kill()
             with pytest.raises(NetworkError):
                 await fetcher.fetch()

@@ -55,7 +55,7 @@ async def test_a_stopped_source_is_named_with_chunk_version_and_deadline(tmp_pat
             assert in_words(wait, "learner").startswith(f"{wait.what} from learner, {wait.seconds:.0f} s, deadline ")
             process.send_signal(signal.SIGCONT)
             snapshot = await asyncio.wait_for(fetching, 60)
-            assert bytes(snapshot.tensors["w"].data) == random.Random(2).randbytes(6_000_001)
+            assert bytes(snapshot.tensors["w"].data) == random.Random(2).randbytes(30_000_001)
             assert chunk_waits() == []
     finally:
         process.kill()

@@ -96,7 +96,7 @@ async def test_a_lab_captures_at_every_node(tmp_path: Path) -> None:
         ]
         assert [dotted(part) for part in (sent[1][12:16], sent[1][16:20])] == [addresses[other], addresses["hub"]]
         assert [dotted(answered[1][n : n + 4]) for n in (12, 16)] == [addresses["hub"], addresses[other]]
-        assert begun - 1 < sent[0] <= answered[0] < time.time() + 1
+        assert begun - 1 < sent[0] < answered[0] + 1 < time.time() + 2
     assert read(tmp_path / "packets" / "third.pcap") == []
 
 

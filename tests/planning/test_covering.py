@@ -77,8 +77,8 @@ def test_large_fleets_stay_close_to_the_relaxation(seed: int, n: int, share: flo
     needed = share * math.fsum(rates)
     chosen = cheapest_cover(costs, rates, needed)
     assert chosen is not None and cost_of(chosen, rates) >= needed * (1 - 1e-8)
-    # A whole item more than the relaxation is what any cover may have to pay; half of the dearest is already rare.
-    assert cost_of(chosen, costs) <= fractional_cost(costs, rates, needed) + max(costs) / 2
+    # The relaxation takes at most one item in part, so with that item whole it is a cover: never more than this.
+    assert cost_of(chosen, costs) <= fractional_cost(costs, rates, needed) + max(costs) + 1e-9
 
 
 @given(items=ITEMS, share=st.floats(0, 1.2))

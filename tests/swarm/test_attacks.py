@@ -55,7 +55,9 @@ async def honest(run: Served) -> AsyncIterator[Part]:
     part = await run.join(name="honest")
     yield part
     await run.lease(part)
-    assert part.link.node_id in {node.id for node in run.coordinator.member.nodes("worker")}
+    async with asyncio.timeout(30):  # A coordinator that was restarted has yet to hear of it.
+        while part.link.node_id not in {node.id for node in run.coordinator.member.nodes("worker")}:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
     assert run.control.failure is None
 
 

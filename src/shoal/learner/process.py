@@ -15,6 +15,7 @@ thread beside the loop, so chunks are served and questions answered while it tra
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,7 +30,7 @@ from shoal.config import Config
 from shoal.engine.source import resolve
 from shoal.engine.tokenizer import Tokenizer
 from shoal.engine.weights import to_views
-from shoal.errors import NetworkError, RunError
+from shoal.errors import NetworkError, RunError, ShoalError
 from shoal.fabric.desk import Account, Desk
 from shoal.fabric.endpoint import is_loopback
 from shoal.fabric.errors import RemoteError
@@ -291,6 +292,8 @@ async def run_learner(config: Config, directory: Path, ticket: Ticket) -> None:
                     await _run_colocated(process, config, directory, fabric, ticket, part)
                 else:
                     await process.run()
+                    with contextlib.suppress(ShoalError):  # The coordinator may be gone already.
+                        await part.link.leave()
 
 
 async def _run_colocated(
