@@ -4,8 +4,8 @@
     every `sync_s` ──▶ compare notes with a random node (`swarm.exchange`): what was lost is made up for
 
 A node that joins asks a few nodes at once. After a partition a node notices by liveliness who comes back: where many
-do, it compares notes in quick rounds, with one of them first, and where most do (it was on the lesser side) it tells
-itself again; so a healed network agrees within a second or two.
+do, it compares notes in quick rounds, with one of them first, and where nearly all do (it was almost alone) it tells
+itself again; so a healed network agrees within two or three seconds.
 
 Invariants: on the topic a node speaks for itself; only proofs of equivocation, grants and revocations are passed on
 there. What arrives is bounded in bytes and number, and in rate by its (proven) sender; those whom nobody granted
@@ -324,8 +324,10 @@ class Gossip:
             present = self.present
             if 4 * len(returned) < len(present):
                 continue  # A few came back: they tell themselves, and the regular exchanges do for the rest.
-            if 2 * len(returned) >= len(present):
-                await self._tell_again()
+            if 4 * len(returned) >= 3 * len(present):
+                await (
+                    self._tell_again()
+                )  # It was nearly alone. In a more even split one exchange brings all at less cost.
             first = sorted(returned & present)
             num_quiet = 0
             for others in (first, *([None] * (HEAL_ROUNDS - 1))):
