@@ -27,10 +27,10 @@ from blake3 import blake3
 from shoal.fabric.errors import REFUSAL_KINDS, EnvelopeError, RefusalKind, RemoteError
 from shoal.fabric.identity import PUBLIC_KEY_BYTES, Identity, node_id_of, verify
 from shoal.fabric.sealing import PRINT_BYTES, PUBLIC_BYTES, SealError, SealingKey, key_print
+from shoal.protocol.roster import SIGNATURE_BYTES
 
 ENVELOPE_VERSION = 1
 DOMAIN = b"shoal envelope 1"
-SIGNATURE_BYTES = 64
 NONCE_BYTES = 16
 MAX_ATTACHMENT_BYTES = 2048
 MAX_KEY_CHARS = 512

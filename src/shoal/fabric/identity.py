@@ -13,10 +13,12 @@ import secrets
 from pathlib import Path
 
 from blake3 import blake3
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from nacl.bindings import crypto_sign_open
+from nacl.exceptions import CryptoError
 
 from shoal.errors import StorageError
+from shoal.protocol.roster import SIGNATURE_BYTES
 
 KEY_FILE = "identity.key"
 KEY_HEADER = "shoal identity 1"
@@ -40,10 +42,15 @@ def node_id_of(public_key: bytes) -> str:
 
 
 def verify(public_key: bytes, message: bytes, signature: bytes) -> bool:
-    """Whether `signature` over `message` was made by the owner of `public_key`; hostile input is just False."""
+    """Whether `signature` over `message` was made by the owner of `public_key`; hostile input is just False.
+
+    By libsodium, which takes half of OpenSSL's time (55 against 110 µs) and refuses keys of small order as well.
+    """
+    if len(public_key) != PUBLIC_KEY_BYTES or len(signature) != SIGNATURE_BYTES:
+        return False
     try:
-        Ed25519PublicKey.from_public_bytes(public_key).verify(signature, message)
-    except (InvalidSignature, ValueError):
+        crypto_sign_open(signature + message, public_key)
+    except CryptoError:
         return False
     return True
 

@@ -112,6 +112,8 @@ class GrantBook:
         self._signed_list: SignedRecord | None = None
         self._serials: frozenset[bytes] = frozenset()
         self._subjects: frozenset[bytes] = frozenset()
+        self._spans: dict[bytes, tuple[float, float]] = {}
+        """Of keys asked about: within which times one of their grants holds. Empty after every change."""
 
     @property
     def revocations(self) -> SignedRecord | None:
@@ -147,6 +149,7 @@ class GrantBook:
                 return "full"
         held[grant.serial] = (grant, signed)
         self._bodies.add(signed.body)
+        self._spans.clear()
         if len(held) > MAX_GRANTS_EACH:
             self._forget(held, min(held, key=lambda serial: (held[serial][0].expires_at, serial)))
         self._grants[grant.subject] = held
@@ -175,6 +178,7 @@ class GrantBook:
             if (newer.sequence, signed.body) < (self.revocation_sequence, self._signed_list.body):
                 return "older"
         self._list, self._signed_list = newer, signed
+        self._spans.clear()
         self._serials = frozenset(r.serial for r in newer.revocations if r.serial)
         self._subjects = frozenset(r.subject for r in newer.revocations if r.subject)
         return "new"
@@ -213,7 +217,13 @@ class GrantBook:
 
     def is_granted(self, key: bytes, now: float) -> bool:
         """Whether `key` may act in any role now."""
-        return key == self.root or bool(self._valid(key, now))
+        start, end = self._spans.get(key, (0.0, 0.0))
+        if key == self.root or start <= now < end:
+            return True
+        for grant in self._valid(key, now):
+            self._spans[key] = (grant.not_before, grant.expires_at)
+            return True
+        return False
 
     def is_revoked(self, key: bytes) -> bool:
         """Whether everything that `key` was granted, and will be, is taken back."""
@@ -266,6 +276,7 @@ class GrantBook:
 
     def _forget(self, held: dict[bytes, tuple[Grant, SignedRecord]], serial: bytes) -> None:
         self._bodies.discard(held.pop(serial)[1].body)
+        self._spans.clear()
 
     def _valid(self, key: bytes, now: float) -> list[Grant]:
         if key in self._subjects:
