@@ -54,12 +54,12 @@ LOOK_S = 0.05
 MAX_LOG_TAIL_CHARS = 1500
 
 
-def network(num_workers: int, num_routers: int) -> Network:
+def network(num_workers: int, num_routers: int, down_mbps: float = 100.0) -> Network:
     """Public routers, and homes with ordinary links behind NATs of both kinds."""
     nats: tuple[NatKind, NatKind] = ("cone", "symmetric")
     routers = [Node(name=f"router-{n}", up_mbps=500, down_mbps=500, delay_ms=2) for n in range(num_routers)]
     workers = [
-        Node(name=f"worker-{n}", up_mbps=20, down_mbps=100, delay_ms=8 + 4 * n, jitter_ms=1, nat=nats[n % 2])
+        Node(name=f"worker-{n}", up_mbps=20, down_mbps=down_mbps, delay_ms=8 + 4 * n, jitter_ms=1, nat=nats[n % 2])
         for n in range(num_workers)
     ]
     return Network(
@@ -79,15 +79,25 @@ class NatRun:
         folder: for the run, logs, keys; a new one.
         model: directory of the tiny model.
         steps: optimizer steps of the run.
+        down_mbps: each worker's downlink.
     """
 
-    def __init__(self, folder: Path, model: Path, *, steps: int, num_workers: int = 5, num_routers: int = 1) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        *,
+        steps: int,
+        num_workers: int = 5,
+        num_routers: int = 1,
+        down_mbps: float = 100.0,
+    ) -> None:
         self.folder = folder
         self.path = folder / "runs" / "nat"
         """The run's own folder."""
         self.num_workers = num_workers
         self.num_routers = num_routers
-        self.lab = PacketLab(network(num_workers, num_routers))
+        self.lab = PacketLab(network(num_workers, num_routers, down_mbps))
         self.processes: dict[str, Process] = {}
         self.marks: dict[str, list[str]] = {}
         """Planted texts by kind."""
@@ -178,8 +188,7 @@ class NatRun:
         """Coordinator and learner at home; returns once the ticket is written."""
         config = self.folder / "nat.toml"
         config.write_text(tomli_w.dumps(self._config()))
-        argv: list[str | Path] = [*SHOAL, "train", config, "--json"]
-        await self.start("home", "train", argv)
+        await self.start("home", "train", [*SHOAL, "train", config])
         await self.until((self.path / "ticket.txt").exists, START_S, "the run's ticket")
 
     async def start_worker(self, number: int) -> None:

@@ -44,6 +44,22 @@ async def test_a_cancelled_wait_is_over() -> None:
     assert mine() == []
 
 
+def test_a_wait_that_outlives_its_task_counts_from_its_last_progress() -> None:
+    wait = waiting("test of weights", usual_s=0.0).begin()
+    try:
+        with waiting("test of a chunk", is_detail=True) as chunk:
+            assert not chunk.is_nested and sorted(mine()) == ["test of a chunk", "test of weights"]
+        with wait.parts(), waiting("test of a chunk", is_detail=True) as chunk:
+            assert chunk.is_nested
+        begun = wait.since
+        wait.moved()
+        assert wait.since > begun and mine() == ["test of weights"]
+    finally:
+        wait.end()
+    wait.end()
+    assert mine() == []
+
+
 async def test_a_request_is_a_detail_of_what_it_is_made_for() -> None:
     async def outlives() -> None:
         with waiting("test detail of nothing", is_detail=True):

@@ -190,7 +190,9 @@ class Fetcher:
     async def _ask_chain(self, source: bytes, version: int | None, since: str) -> list[Published]:
         wanted = LATEST if version is None else version
         key = f"node/{node_id_of(source)}/chain/{self._model}/{wanted}/{since}"
-        with waiting(f"the manifests of {self._wanted(version)}", whom=source, deadline_s=MANIFEST_DEADLINE_S):
+        with waiting(
+            f"the manifests of {self._wanted(version)}", whom=source, deadline_s=MANIFEST_DEADLINE_S, is_detail=True
+        ):
             data = await self._fabric.request(
                 key, b"", MANIFEST_DEADLINE_S, to=source, max_reply_bytes=MAX_ANSWER_BYTES
             )
@@ -243,7 +245,7 @@ class Fetcher:
         assert self._record is not None
         source = self._sources[0]
         key = f"node/{node_id_of(source)}/peers/{self._model}/{version}"
-        with waiting(f"the peers of version {version}", whom=source, deadline_s=MANIFEST_DEADLINE_S):
+        with waiting(f"the peers of version {version}", whom=source, deadline_s=MANIFEST_DEADLINE_S, is_detail=True):
             data = await self._fabric.request(key, encode(self._record), MANIFEST_DEADLINE_S, to=source)
         return decode(data, PeerList) if data else None
 
@@ -281,7 +283,7 @@ class Fetcher:
             if not sizes.keys() & missing.keys():
                 continue
             try:
-                with waiting(f"the chunks of version {target.version}", whom=self._sources[0]):
+                with waiting(f"the chunks of version {target.version}", whom=self._sources[0], is_detail=True):
                     await Gathering(
                         own, self._store, sizes, peers, on_chunk, blame=self.blame, received=self.received
                     ).run()
@@ -316,7 +318,7 @@ class Fetcher:
         # All chunks in flight share the link, so each may take as long as all of them together.
         patience_s = PATIENCE_S + CHUNKS_IN_FLIGHT * size / MIN_BYTES_PER_S
         deadline = asyncio.get_running_loop().time() + patience_s
-        with waiting(what, whom=self._sources[0], deadline_s=patience_s) as wait:
+        with waiting(what, whom=self._sources[0], deadline_s=patience_s, is_detail=True) as wait:
             await self._take_from_any(wait, digest, size, deadline)
 
     async def _take_from_any(self, wait: waiting, digest: bytes, size: int, deadline: float) -> None:

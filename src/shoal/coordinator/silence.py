@@ -2,7 +2,7 @@
 
     no sign for SILENT_AFTER_S            “local-1 silent for 6 s, holds lease g12 (8 rollouts), expires in 24 s”
     its connection went                   “attic lost 6 s ago, …”
-    a wait longer than such a wait takes  “local-0 waits for chunk 3 of version 7 from learner, 6 s, deadline 30 s”
+    a wait longer than such a wait takes  “local-0 waits for the weights of version 7 from learner, 6 s, until …”
     a process of this machine is stopped  “…: process 4242 is stopped; `kill -CONT 4242` lets it go on”
 
 Invariants: what is well is not named, and a sentence goes as soon as its cause has gone; a node that is itself silent

@@ -6,15 +6,17 @@
 Whoever waits for something of consequence says so here; `open_waits` is what `shoal status`, the live view and
 `shoal debug dump` tell of it. A single request inside a wait that says what it is for is a detail, told in a dump only.
 
-Invariants: a wait is listed from `__enter__` to `__exit__` whatever happens between; the register holds at most
-`MAX_OPEN` waits (more are counted, and not listed); it never holds up or fails what waits. Works from any thread.
-Costs 1.2 µs a wait where a signed request takes some 300.
+Invariants: a wait is listed from `__enter__` to `__exit__` (`begin` to `end`) whatever happens between; the register
+holds at most `MAX_OPEN` waits (more are counted, and not listed); it never holds up or fails what waits. Works from any
+thread. Costs 1.2 µs a wait where a signed request takes some 300.
 """
 
 from __future__ import annotations
 
 import contextvars
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -36,7 +38,7 @@ _num_unlisted = 0
 
 
 class waiting:
-    """Lists a wait while inside.
+    """Lists a wait while inside `with`, or from `begin` to `end` where it outlives the task that began it.
 
     Args:
         what: as in “waits for …”.
@@ -69,23 +71,45 @@ class waiting:
         self.is_open = False
         self._outer: waiting | None = None
 
-    def __enter__(self) -> Self:
+    def begin(self) -> Self:
+        """List it, as part of no other wait."""
         global _num_unlisted
         self.since = time.monotonic()
         self.is_open = True
-        self._outer = _inside.get()
-        _inside.set(self)
         if len(_open) < MAX_OPEN:
             _open[id(self)] = self
         else:
             _num_unlisted += 1
         return self
 
+    def end(self) -> None:
+        """List it no more; a second time does nothing."""
+        self.is_open = False
+        _open.pop(id(self), None)
+
+    @contextmanager
+    def parts(self) -> Iterator[None]:
+        """Inside, waits that are details are details of this one."""
+        outer = _inside.get()
+        _inside.set(self)
+        try:
+            yield
+        finally:
+            _inside.set(outer)
+
+    def moved(self) -> None:
+        """What is waited for has come nearer: its time counts from now."""
+        self.since = time.monotonic()
+
+    def __enter__(self) -> Self:
+        self._outer = _inside.get()
+        _inside.set(self)
+        return self.begin()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.is_open = False
-        _open.pop(id(self), None)
+        self.end()
         _inside.set(self._outer)
 
     @property

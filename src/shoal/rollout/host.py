@@ -182,12 +182,30 @@ async def _worker(
         opened = relaying(fabric.identity, store, options.relay_host, allow=member.is_granted)
         relay, record = await links.enter_async_context(opened)
     fetcher = Fetcher(fabric, store, [learner_key], local=options.local_store, relay=relay, record=record)
+    # Open from the first attempt to the last, however many the network takes, and moved by every chunk.
+    weights = waiting("weights", whom=learner_key, until="they are here")
 
     async def source(version: int) -> Mapping[str, TensorView]:
+        weights.what = f"the weights of version {version}"
+        if not weights.is_open:
+            weights.begin()
+        try:
+            with weights.parts():
+                found = await fetch(version)
+        except (NetworkError, TimeoutError):
+            raise  # Whoever asked for it asks again.
+        except BaseException:
+            weights.end()
+            raise
+        weights.end()
+        return found
+
+    async def fetch(version: int) -> Mapping[str, TensorView]:
         before = fetcher.bytes_fetched
 
         def on_progress(_: object) -> None:
             nonlocal before
+            weights.moved()
             worker.fetched(fetcher.bytes_fetched - before)
             before = fetcher.bytes_fetched
 
@@ -218,6 +236,7 @@ async def _worker(
     finally:
         hearing.cancel()
         await asyncio.gather(hearing, return_exceptions=True)
+        weights.end()
         await links.aclose()
         await engine.close()
         with contextlib.suppress(OSError):
