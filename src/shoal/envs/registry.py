@@ -16,6 +16,7 @@ from shoal.errors import TaskError
 
 ENVIRONMENTS: dict[str, str] = {
     "arithmetic": "shoal.envs.arithmetic:Arithmetic",
+    "evm": "shoal.envs.evm.environment:EvmQuests",
     "jsonl": "shoal.envs.jsonl:JsonLines",
     "reasoning_gym": "shoal.envs.reasoning_gym:ReasoningGym",
     "sokoban": "shoal.envs.sokoban:Sokoban",

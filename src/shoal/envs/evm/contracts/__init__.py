@@ -1,0 +1,1 @@
+"""Our own Solidity, what was compiled from it, and the state that quests start from."""
