@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from shoal.engine import tokenizer as engine_tokenizer
 from shoal.engine.batching import Batcher
-from shoal.engine.batching import Sequence as Running
 from shoal.engine.cache import KVCache
 from shoal.engine.model import Decoder
+from shoal.engine.sequence import Sequence as Running
 from shoal.engine.source import LocalModel
 from shoal.protocol.sampling import Completion, SampleRequest, SamplingParams
 

@@ -12,7 +12,6 @@ from engine_cases import (
     BASE,
     VOCABULARY,
     local,
-    make_batcher,
     make_cache,
     make_checkpoint,
     make_decoder,
@@ -23,12 +22,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
-from shoal.engine import batching
 from shoal.engine import model as engine_model
+from shoal.engine import prefill
 from shoal.engine.cache import KVCache
 from shoal.engine.model import Architecture, Decoder
+from shoal.engine.sequence import Sequence as Running
 from shoal.engine.source import LocalModel
 from shoal.errors import ModelError
+from shoal.protocol.sampling import SampleRequest
 
 TOLERANCE = 1e-4
 
@@ -107,14 +108,18 @@ def test_a_draft_that_is_not_taken_leaves_no_trace(plain: Path, plain_reference:
 def test_prompts_longer_than_the_prefill_width(
     width: int, plain: Path, plain_reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching, "PREFILL_WIDTH", width)
-    batcher = make_batcher(plain)
+    monkeypatch.setattr(prefill, "PREFILL_WIDTH", width)
+    decoder = make_decoder(plain)
+    cache = make_cache(decoder)
     prompts = [tuple(some_ids(n, n)) for n in (33, 32, 16, 5, 1)]
-    batcher.cache.reserve(len(prompts), 33, 0)
-    hidden = batcher._prompt_hidden(prompts, 0)
-    for row, prompt in enumerate(prompts):
+    leaders = [Running(SampleRequest(prompt), lambda _: None) for prompt in prompts]
+    cache.reserve(len(prompts), 33, 0)
+    pieces = list(prefill.compute(decoder, cache, leaders, [0] * 5, 0, budget=1000))
+    assert pieces[0] == 5 * min(width, 33)
+    for leader, prompt in zip(leaders, prompts, strict=True):
         want = reference_logits(plain_reference, prompt)[-1]
-        torch.testing.assert_close(batcher.model.logits(hidden[row]), want, rtol=0, atol=TOLERANCE)
+        assert leader.prompt_hidden is not None
+        torch.testing.assert_close(decoder.logits(leader.prompt_hidden), want, rtol=0, atol=TOLERANCE)
 
 
 def test_the_embedded_model(embedded: LocalModel, embedded_reference: Any) -> None:

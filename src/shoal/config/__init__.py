@@ -25,13 +25,28 @@ from shoal.config.learner import (
 )
 from shoal.config.load import config_from, find_config, load_config, shipped_configs
 from shoal.config.root import Config
-from shoal.config.sections import Environment, Eval, Model, Network, Output, Rollout, Run, Workers, is_loopback
+from shoal.config.sections import (
+    Budget,
+    Capacity,
+    Environment,
+    Eval,
+    Model,
+    Network,
+    Output,
+    Rollout,
+    Run,
+    Serving,
+    Workers,
+    is_loopback,
+)
 from shoal.config.write import to_toml
 
 __all__ = [
     "Advantage",
     "AsyncLearner",
     "BehaviourImportance",
+    "Budget",
+    "Capacity",
     "ColocatedLearner",
     "Config",
     "Environment",
@@ -50,6 +65,7 @@ __all__ = [
     "PullLearner",
     "Rollout",
     "Run",
+    "Serving",
     "Workers",
     "config_from",
     "find_config",

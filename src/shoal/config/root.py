@@ -8,7 +8,19 @@ from pydantic import Field, StringConstraints, model_validator
 
 from shoal.config.base import Section
 from shoal.config.learner import AsyncLearner, Learner
-from shoal.config.sections import Environment, Eval, Model, Network, Output, Rollout, Run, Workers
+from shoal.config.sections import (
+    Budget,
+    Capacity,
+    Environment,
+    Eval,
+    Model,
+    Network,
+    Output,
+    Rollout,
+    Run,
+    Serving,
+    Workers,
+)
 
 EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
@@ -32,6 +44,12 @@ class Config(Section):
     """Greedy answers to held-out questions."""
     network: Network = Network()
     """Where the run listens for workers."""
+    capacity: Capacity = Capacity()
+    """Who works, and when."""
+    budget: Budget = Budget()
+    """What the run may cost."""
+    serving: Serving = Serving()
+    """The OpenAI-compatible server."""
     output: Output = Output()
     """What a run leaves behind besides the model, the metrics and the report."""
 

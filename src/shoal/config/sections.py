@@ -157,6 +157,79 @@ class Network(Section):
         return self
 
 
+class Capacity(Section):
+    """`[capacity]`: who works, and when, by what the run measures of itself."""
+
+    pace: bool = True
+    """Start groups just in time for the learner instead of as early as the staleness bound allows: fresher rollouts."""
+    park: bool = True
+    """Give no work to priced workers that the learner does not need; those without a price always work."""
+    adapt_interval: bool = False
+    """Choose the steps between two snapshots by what a snapshot takes to spread, not by `learner.publish_every`."""
+    replan_steps: int = Field(default=20, ge=1)
+    """Steps after which the plan is made anew, if neither members nor prices change before."""
+    headroom: float = Field(default=0.05, ge=0, le=10)
+    """How much more than the minimum works, so that one slow moment does not stop the learner."""
+    acquire: Strings = ()
+    """A command that gets another machine: a program and its arguments, no shell; run when workers are too few. Its
+    environment has SHOAL_RUN, SHOAL_TICKET_FILE, SHOAL_RATE and SHOAL_NEEDED_RATE (rollouts a second)."""
+    release: Strings = ()
+    """A command that gives one back: run for a parked machine billed by the hour before its paid hour ends. Its
+    environment has SHOAL_RUN, SHOAL_NODE and SHOAL_NODE_NAME."""
+    hook_timeout_s: float = Field(default=60.0, gt=0, le=3600)
+    """Either command is killed after this."""
+    acquire_every_s: float = Field(default=300.0, gt=0)
+    """Between two calls of `acquire`: a machine takes time to come."""
+
+
+class Budget(Section):
+    """`[budget]`: what the run may cost. Workers say their own price (`shoal worker --price`)."""
+
+    max_usd: float | None = Field(default=None, gt=0)
+    """The run stops in order, its state saved, before it has cost more; absent: no bound."""
+    max_usd_per_hour: float | None = Field(default=None, gt=0)
+    """Workers that work cost no more an hour, all together; absent: no bound."""
+    learner_usd_per_hour: float = Field(default=0.0, ge=0)
+    """Price of the machine that this run is started on."""
+    egress_usd_per_gb: float = Field(default=0.0, ge=0)
+    """Price of what is sent to workers elsewhere."""
+
+
+class Serving(Section):
+    """`[serving]`: the OpenAI-compatible server, `shoal serve`."""
+
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to listen on; beyond loopback only with API keys."""
+    port: int = Field(default=8000, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    threads: int = Field(default=1, ge=1, le=1024)
+    """CPU threads of the engine."""
+    device: Device = "auto"
+    """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Number format of the weights."""
+    context_tokens: int = Field(default=8192, ge=16, le=1 << 20)
+    """Longest sequence, prompt and completion together; the model's own limit holds as well."""
+    max_sequences: int = Field(default=64, ge=1, le=65536)
+    """Completions drawn at once; further ones wait."""
+    max_waiting: int = Field(default=128, ge=0, le=65536)
+    """Completions that may wait; beyond them requests are answered 429."""
+    cache_tokens: int = Field(default=65536, ge=16)
+    """Tokens that the key-value cache holds, over all sequences."""
+    prefix_tokens: int = Field(default=16384, ge=0)
+    """Tokens of finished sequences kept, beside the cache, for prompts that begin alike; 0 keeps none."""
+    prefill_tokens: int = Field(default=512, ge=16)
+    """Prompt tokens computed between two decode steps: less keeps streams even, more starts long prompts sooner."""
+    max_body_bytes: int = Field(default=2**20, ge=1024, le=2**28)
+    """Longest request body."""
+    max_connections: int = Field(default=512, ge=1, le=65536)
+    """Connections open at once; further ones are closed at once."""
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    """Longest time that one request may take, its wait included."""
+    drain_s: float = Field(default=30.0, ge=0)
+    """How long requests may still run once the server has been told to end."""
+
+
 class Output(Section):
     """`[output]`: what a run leaves behind besides the model, the metrics and the report."""
 

@@ -1,96 +1,73 @@
 """Continuous batching: sequences join and leave between any two steps, and a group's prompt is computed once.
 
-`Batcher.step()` does one round: admit what fits (first in, first out), prefill the new prompts, draw their first
-token; then one decode pass for everything alive. It owns no thread and no clock.
+`Batcher.step()` does one round: admit what fits (first in, first out), compute a piece of the new prompts (`prefill`),
+draw the first token of those that are whole; then one decode pass for everything alive. It owns no thread and no clock.
 
 A prompt that a live sequence has as well, computed under the same weights, is copied from its slot: the members of a
-group need not arrive together.
+group need not arrive together. Where the engine is given a prefix store, beginnings that finished sequences had are
+copied too.
 
 Invariants: a request is admitted only when its prompt and all the tokens it may draw fit the cache beside what is
-alive, so nothing alive is ever evicted; live sequence i sits in cache slot i; each token carries the policy version
-in force when it was drawn, and no token of a request is drawn under a version below its `min_version`; a request that
-waits for a version holds up nobody else.
+alive, so nothing alive is ever evicted; live sequence i sits in cache slot i, and a wave's rows behind all of them;
+each token carries the policy version in force when it was drawn, and no token of a request is drawn under a version
+below its `min_version`; a request that waits for a version holds up nobody else.
 """
 
 from __future__ import annotations
 
 import math
-import random
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from shoal.engine.cache import KVCache
 from shoal.engine.model import Decoder
-from shoal.engine.sampling import sample
+from shoal.engine.prefill import Wave, compute
+from shoal.engine.prefix import PrefixStore, shared
+from shoal.engine.sampling import likeliest, sample
+from shoal.engine.sequence import Drawn, Sequence
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import CapacityError
 from shoal.protocol.sampling import Completion, FinishReason, SampleRequest
 
-PREFILL_WIDTH = 512
-"""Longer prompts are prefilled in pieces of this many tokens, which bounds the activations' memory."""
-
 PREFILL_TOKENS = 8192
-"""Padded prompt tokens admitted in one step; the rest waits for the next, so that decoding is not starved."""
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One request on its way through the engine."""
-
-    request: SampleRequest
-    on_done: Callable[[Completion], None]
-    on_token: Callable[[int], None] | None = None
-    ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-    cancelled: bool = False
-    prompt_hidden: Tensor | None = None
-    """Hidden state at the prompt's last token, [H]; from it, others with this prompt draw their first token."""
-    prompt_version: int = -1
-    """The policy version under which the prompt was computed."""
-
-    def __post_init__(self) -> None:
-        self._random = random.Random(self.request.params.seed)
-
-    def uniform(self) -> float:
-        """This sequence's next random number: a stream of its own, so the batch's company changes nothing."""
-        return self._random.random()
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        return self.request.prompt_ids
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt_ids)
-
-    @property
-    def length(self) -> int:
-        """Positions filled in the cache: every token but the newest, which the next pass will write."""
-        return self.prompt_length + max(0, len(self.ids) - 1)
-
-    @property
-    def most_tokens(self) -> int:
-        return self.prompt_length + self.request.params.max_tokens
+"""Padded prompt tokens admitted together and computed in one step, unless the engine is told otherwise: for rollouts,
+whose prompts are short. A server takes far fewer, so that those who are alive are not kept waiting."""
 
 
 class Batcher:
     """The engine's state between steps: waiting and live sequences, weights' version, cache."""
 
-    def __init__(self, model: Decoder, tokenizer: Tokenizer, cache: KVCache, context_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        cache: KVCache,
+        context_tokens: int,
+        *,
+        prefill_tokens: int | None = None,
+        prefixes: PrefixStore | None = None,
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.cache = cache
         self.context_tokens = min(context_tokens, model.arch.context_tokens)
+        self.prefill_tokens = prefill_tokens or PREFILL_TOKENS
+        self.prefixes = prefixes
         self.version = 0
         self.waiting: deque[Sequence] = deque()
         self.live: list[Sequence] = []
+        self._wave: Wave | None = None
         self.tokens_drawn = 0
         self.prompt_tokens = 0
+        self.reused_tokens = 0
+
+    @property
+    def num_filling(self) -> int:
+        """Sequences whose prompts are being computed."""
+        return len(self._wave.members) if self._wave else 0
 
     def check(self, request: SampleRequest) -> None:
         """Raise `CapacityError` if the request could not be served even alone."""
@@ -114,17 +91,24 @@ class Batcher:
     def step(self) -> bool:
         """One round of work; False when there was nothing to do."""
         self._drop_cancelled()
-        joined = self._admit()
-        if joined:
-            self._prefill(joined)
-        worked = bool(joined or self.live)
+        drew = self._wave is None and self._admit()
+        filling = self._wave is not None
+        if filling:
+            self._fill()
+        worked = bool(drew or filling or self.live)
         if self.live:
             self._decode()
         return worked
 
+    def swapped(self, version: int) -> None:
+        """Tell of new weights: what was computed with the old ones is shared no more."""
+        self.version = version
+        if self.prefixes is not None:
+            self.prefixes.clear()
+
     def cancel_all(self) -> None:
         """Complete everything that waits or lives as cancelled."""
-        for sequence in (*self.waiting, *self.live):
+        for sequence in (*self.waiting, *self.live, *(self._wave.members if self._wave else ())):
             sequence.cancelled = True
         self._drop_cancelled()
 
@@ -133,13 +117,17 @@ class Batcher:
             self.waiting.remove(sequence)
             self._finish(sequence, "cancelled")
         self._leave({s: "cancelled" for s in self.live if s.cancelled})
+        if self._wave is not None and all(s.cancelled for s in self._wave.members):
+            wave, self._wave = self._wave, None
+            for sequence in wave.members:
+                self._finish(sequence, "cancelled")
 
-    def _admit(self) -> list[Sequence]:
-        """The next waiting sequences that fit together with the live ones."""
+    def _admit(self) -> bool:
+        """Let in the next waiting sequences that fit together with the live ones; whether some drew a token at once."""
         joined: list[Sequence] = []
         held: list[Sequence] = []
         known = self._known_prompts()
-        new: set[tuple[int, ...]] = set()
+        new: dict[tuple[int, ...], Sequence] = {}
         tokens = max((s.most_tokens for s in self.live), default=0)
         widest = 0
         while self.waiting:
@@ -150,60 +138,115 @@ class Batcher:
             tokens = max(tokens, candidate.most_tokens)
             if not self.cache.fits(len(self.live) + len(joined) + 1, tokens):
                 break
-            if candidate.prompt not in known:
-                new.add(candidate.prompt)
+            if candidate.prompt not in known and candidate.prompt not in new:
                 widest = max(widest, candidate.prompt_length)
-            if joined and len(new) * widest > PREFILL_TOKENS:
-                break
+                if joined and (len(new) + 1) * widest > self.prefill_tokens:
+                    break
+                new[candidate.prompt] = candidate
             joined.append(self.waiting.popleft())
         self.waiting.extendleft(reversed(held))
-        return joined
+        late = [s for s in joined if s.prompt in known]
+        if late:
+            self._join_late(late, known)
+        if new:
+            followers = [s for s in joined if s.prompt in new and new[s.prompt] is not s]
+            self._wave = Wave(list(new.values()), followers, base=len(self.live))
+        return bool(late)
 
     def _known_prompts(self) -> dict[tuple[int, ...], int]:
         """Prompts in the cache that were computed with the weights in place -> a slot that holds them."""
         return {s.prompt: slot for slot, s in enumerate(self.live) if s.prompt_version == self.version}
 
-    def _prefill(self, joined: list[Sequence]) -> None:
-        """Compute each new prompt once, copy its cache to the sequences that share it, draw first tokens."""
-        slot_of = self._known_prompts()
-        leaders: dict[tuple[int, ...], Sequence] = {}
-        for sequence in joined:
-            if sequence.prompt not in slot_of:
-                leaders.setdefault(sequence.prompt, sequence)
-        # Longest first: the rows that still have tokens in a later piece are then the first ones.
-        ordered = sorted(leaders.values(), key=lambda s: -s.prompt_length)
-        followers = [s for s in joined if leaders.get(s.prompt) is not s]
+    def _join_late(self, late: list[Sequence], known: Mapping[tuple[int, ...], int]) -> None:
+        """Sequences whose prompt a live one has already."""
         filled = len(self.live)
-        slot_of |= {s.prompt: slot for slot, s in enumerate(ordered, start=filled)}
-        self.live += [*ordered, *followers]
-        longest = max(s.length for s in self.live)
-        self.cache.reserve(len(self.live), longest, filled)
-        if ordered:
-            hidden = self._prompt_hidden([s.prompt for s in ordered], filled)
-            for row, leader in enumerate(ordered):
-                leader.prompt_hidden, leader.prompt_version = hidden[row], self.version
-        for slot, sequence in enumerate(followers, start=filled + len(ordered)):
-            source = slot_of[sequence.prompt]
-            self.cache.copy(source, slot, sequence.prompt_length)
-            sequence.prompt_hidden, sequence.prompt_version = self.live[source].prompt_hidden, self.version
-        self.prompt_tokens += sum(s.prompt_length for s in ordered)
-        self._draw_first(self.live[filled:])
+        self.live += late
+        self.cache.reserve(len(self.live), max(s.length for s in self.live), filled)
+        for slot, sequence in enumerate(late, start=filled):
+            self._share(known[sequence.prompt], slot, sequence)
+        self._draw_first(late)
 
-    def _prompt_hidden(self, prompts: list[tuple[int, ...]], first_slot: int) -> Tensor:
-        """Hidden state at each prompt's last token, [prompts, H]; the prompts come longest first."""
-        device = self.model.device
-        width = len(prompts[0])
-        ids = torch.tensor([[*p, *[0] * (width - len(p))] for p in prompts], device=device)
-        last = torch.tensor([len(p) - 1 for p in prompts], device=device)
-        found = torch.zeros(len(prompts), self.model.arch.hidden_size, dtype=self.model.dtype, device=device)
-        for start in range(0, width, PREFILL_WIDTH):
-            unfinished = sum(len(p) > start for p in prompts)
-            piece = ids[:unfinished, start : start + PREFILL_WIDTH]
-            offset = torch.full((unfinished,), start, device=device)
-            hidden = self.model.forward(piece, offset, self.cache, first_slot)
-            rows = (last[:unfinished] < start + piece.shape[1]).nonzero()[:, 0]
-            found[rows] = hidden[rows, last[rows] - start]
-        return found
+    def _share(self, source: int, slot: int, sequence: Sequence) -> None:
+        self.cache.copy(source, slot, sequence.prompt_length)
+        sequence.prompt_hidden, sequence.prompt_version = self.live[source].prompt_hidden, self.version
+
+    def _fill(self) -> None:
+        """Compute the wave's prompts, one step's budget of them; when they are whole, let its members join."""
+        wave = self._wave
+        assert wave is not None
+        if wave.version != self.version:
+            self._begin(wave)
+        spent = 0
+        for tokens in wave.work:
+            spent += tokens
+            if spent >= self.prefill_tokens:
+                return
+        self._wave = None
+        self._join(wave)
+
+    def _begin(self, wave: Wave) -> None:
+        """Copy what is known of the wave's prompts, and set out to compute the rest."""
+        wave.version = self.version
+        found = {s: self._known_beginning(s) for s in wave.leaders}
+        wave.leaders.sort(key=lambda s: (found[s][1], -s.prompt_length))
+        longest = max([wave.longest, *(s.length for s in self.live)])
+        self.cache.reserve(wave.num_slots, longest, filled=len(self.live))
+        for slot, leader in enumerate(wave.leaders, start=wave.base):
+            source, length = found[leader]
+            if isinstance(source, Tensor):
+                self.cache.put(slot, source[..., :length, :])
+            elif length:
+                self.cache.copy(source, slot, length)
+        reused = [found[s][1] for s in wave.leaders]
+        self.reused_tokens += sum(reused)
+        self.prompt_tokens += sum(s.prompt_length for s in wave.leaders) - sum(reused)
+        wave.work = compute(self.model, self.cache, wave.leaders, reused, wave.base, self.prefill_tokens)
+
+    def _known_beginning(self, sequence: Sequence) -> tuple[Tensor | int, int]:
+        """Where the longest known beginning of a prompt lies, in the store or in a live slot, and its length.
+
+        The prompt's last token is always computed: its hidden state is what the first token is drawn from.
+        """
+        if self.prefixes is None:
+            return 0, 0
+        ids = sequence.prompt[:-1]
+        best: tuple[Tensor | int, int] = (0, 0)
+        if (found := self.prefixes.find(ids)) is not None:
+            best = found[0].state, found[1]
+        for slot, other in enumerate(self.live):
+            if other.prompt_version == self.version and (length := shared(other.prompt, ids)) > best[1]:
+                best = slot, length
+        return best
+
+    def _join(self, wave: Wave) -> None:
+        """Let a wave's members live: leaders close the gap that others left meanwhile, followers get their copies."""
+        rows: dict[tuple[int, ...], int] = {}
+        gone = {s for s in wave.members if s.cancelled}  # looked at once: callers cancel from other threads
+        followers = [s for s in wave.followers if s not in gone]
+        joined: list[Sequence] = []
+        for source, leader in enumerate(wave.leaders, start=wave.base):
+            heir = leader
+            if leader in gone:
+                found = next((s for s in followers if s.prompt == leader.prompt), None)
+                if found is None:
+                    continue
+                followers.remove(found)
+                found.prompt_hidden, heir = leader.prompt_hidden, found
+            slot = len(self.live)
+            if slot != source:
+                self.cache.copy(source, slot, heir.prompt_length)
+            heir.prompt_version = wave.version
+            rows[heir.prompt] = slot
+            self.live.append(heir)
+            joined.append(heir)
+        for follower in followers:
+            self.live.append(follower)
+            self._share(rows[follower.prompt], len(self.live) - 1, follower)
+            joined.append(follower)
+        for sequence in gone:
+            self._finish(sequence, "cancelled")
+        if joined:
+            self._draw_first(joined)
 
     def _draw_first(self, members: list[Sequence]) -> None:
         """The token after the prompt; the head runs once for those that share one."""
@@ -221,7 +264,12 @@ class Batcher:
         """One token for every live sequence."""
         device = self.model.device
         lengths = [s.length for s in self.live]
-        self.cache.reserve(len(self.live), max(lengths) + 1, filled=len(self.live))
+        wave = self._wave
+        if wave is None:
+            self.cache.reserve(len(self.live), max(lengths) + 1, filled=len(self.live))
+        else:
+            longest = max(max(lengths) + 1, wave.longest)
+            self.cache.reserve(wave.num_slots, longest, filled=wave.base + len(wave.leaders))
         ids = torch.tensor([[s.ids[-1]] for s in self.live], device=device)
         hidden = self.model.forward(ids, torch.tensor(lengths, device=device), self.cache)
         self._draw(list(self.live), self.model.logits(hidden[:, 0]))
@@ -229,9 +277,14 @@ class Batcher:
     def _draw(self, members: list[Sequence], logits: Tensor) -> None:
         """Sample, record, and let finished sequences leave."""
         params = [s.request.params for s in members]
+        if any(s.shaper is not None for s in members):
+            logits = logits.float()
+            for row, sequence in enumerate(members):
+                if sequence.shaper is not None:
+                    sequence.shaper.apply(logits[row])
         tokens, logprobs = sample(logits, params, [s.uniform() for s in members])
         finished: dict[Sequence, FinishReason] = {}
-        for sequence, token, logprob in zip(members, tokens, logprobs, strict=True):
+        for row, (sequence, token, logprob) in enumerate(zip(members, tokens, logprobs, strict=True)):
             if math.isnan(logprob):
                 finished[sequence] = "error"  # weights that have diverged; nothing was drawn
                 continue
@@ -239,11 +292,17 @@ class Batcher:
             sequence.logprobs.append(logprob)
             sequence.versions.append(self.version)
             self.tokens_drawn += 1
+            shaper = sequence.shaper
             if sequence.on_token is not None:
-                sequence.on_token(token)
+                top = likeliest(logits[row], params[row], shaper.num_top) if shaper and shaper.num_top else ()
+                sequence.on_token(Drawn(token, logprob, top))
+            if shaper is not None:
+                shaper.took(token)
             ended = token in self.tokenizer.end_ids
             if ended or self.tokenizer.ends_with_stop(sequence.ids, sequence.request.params.stop):
                 finished[sequence] = "stop"
+            elif shaper is not None and (shaper.is_broken or shaper.is_complete):
+                finished[sequence] = "error" if shaper.is_broken else "stop"
             elif len(sequence.ids) >= sequence.request.params.max_tokens:
                 finished[sequence] = "length"
         self._leave(finished)
@@ -256,11 +315,21 @@ class Batcher:
                 continue
             if finished[sequence] == "error":
                 self.cache.clear(slot)
+            else:
+                self._remember(sequence, slot)
             mover = self.live.pop()
             if mover is not sequence:
                 self.live[slot] = mover
                 self.cache.copy(len(self.live), slot, mover.length)
             self._finish(sequence, finished[sequence])
+
+    def _remember(self, sequence: Sequence, slot: int) -> None:
+        """Keep a finished sequence's keys and values, if all of them are of the weights in place."""
+        if self.prefixes is None or {sequence.prompt_version, *sequence.versions} != {self.version}:
+            return
+        ids = (*sequence.prompt, *sequence.ids)[: sequence.length]
+        if self.prefixes.wants(ids, self.cache.token_bytes):
+            self.prefixes.add(ids, self.cache.take(slot, len(ids)))
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.on_done(

@@ -90,6 +90,16 @@ class KVCache:
             for tensor in store:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
+    def take(self, slot: int, length: int) -> Tensor:
+        """A copy of a slot's first `length` positions, [2, layers, K, length, D]."""
+        return torch.stack([torch.stack([t[slot, :, :length] for t in store]) for store in (self._keys, self._values)])
+
+    def put(self, slot: int, state: Tensor) -> None:
+        """Write what `take` gave to a slot's beginning."""
+        for store, kept in zip((self._keys, self._values), state, strict=True):
+            for tensor, layer in zip(store, kept, strict=True):
+                tensor[slot, :, : layer.shape[1]] = layer
+
     def clear(self, slot: int) -> None:
         """Zero a slot: a masked position weighs nothing, but nothing times NaN is NaN."""
         for store in (self._keys, self._values):

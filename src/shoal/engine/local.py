@@ -16,18 +16,22 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import torch
 
 from shoal.broadcast.tensors import TensorView
-from shoal.engine.batching import Batcher, Sequence
+from shoal.engine.batching import Batcher
 from shoal.engine.cache import KVCache
 from shoal.engine.model import Decoder
+from shoal.engine.prefix import PrefixStore
+from shoal.engine.sequence import Drawn, Sequence
+from shoal.engine.shaping import PLAIN, Shaping
 from shoal.engine.source import LocalModel
+from shoal.engine.text_stream import TextStream
 from shoal.engine.tokenizer import Tokenizer
 from shoal.engine.weights import from_views
 from shoal.errors import CapacityError, ModelError
@@ -52,6 +56,11 @@ class EngineStats:
     waiting: int
     busy_s: float
     cache_bytes: int
+    filling: int
+    """Sequences whose prompts are being computed."""
+    reused_tokens: int
+    """Prompt tokens that the prefix store saved; `prompt_tokens` does not count them."""
+    prefix_bytes: int
 
 
 class LocalEngine:
@@ -65,6 +74,8 @@ class LocalEngine:
         max_sequences: sequences decoded together.
         cache_tokens: the key-value cache's budget, in tokens over all sequences.
         context_tokens: longest sequence, prompt and completion together; the model's own limit holds as well.
+        prefill_tokens: prompt tokens computed between two decode steps; absent: enough for a rollout's whole batch.
+        prefix_tokens: tokens of finished sequences kept for prompts that begin alike, beside the cache; 0 keeps none.
 
     Raises:
         ModelError: the checkpoint is incomplete, damaged or of an unsupported type, or the device is not there.
@@ -80,6 +91,8 @@ class LocalEngine:
         max_sequences: int = 64,
         cache_tokens: int = 64 * 1024,
         context_tokens: int = 1024,
+        prefill_tokens: int | None = None,
+        prefix_tokens: int = 0,
     ) -> None:
         torch.set_num_threads(threads)
         kind = pick_device(device)
@@ -98,7 +111,14 @@ class LocalEngine:
             kind,
         )
         self.tokenizer = Tokenizer(model.directory)
-        self._batcher = Batcher(decoder, self.tokenizer, cache, context_tokens)
+        self._batcher = Batcher(
+            decoder,
+            self.tokenizer,
+            cache,
+            context_tokens,
+            prefill_tokens=prefill_tokens,
+            prefixes=PrefixStore(prefix_tokens * token_bytes) if prefix_tokens else None,
+        )
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._num_requests = 0
         self._busy_s = 0.0
@@ -134,38 +154,56 @@ class LocalEngine:
             waiting=len(batcher.waiting),
             busy_s=self._busy_s,
             cache_bytes=batcher.cache.bytes,
+            filling=batcher.num_filling,
+            reused_tokens=batcher.reused_tokens,
+            prefix_bytes=batcher.prefixes.bytes if batcher.prefixes else 0,
         )
 
-    async def sample(self, request: SampleRequest) -> Completion:
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are still answered."""
+        return self._failure is None and not self._closed
+
+    @property
+    def context_tokens(self) -> int:
+        """The longest sequence, prompt and completion together."""
+        return self._batcher.context_tokens
+
+    def check(self, request: SampleRequest) -> None:
+        """Raise what `sample` would raise for a request that can never be served."""
+        request.check()
+        self._batcher.check(request)
+
+    async def sample(self, request: SampleRequest, shaping: Shaping = PLAIN) -> Completion:
         """Complete one request (see `Sampler`); the caller's cancellation frees the slot."""
-        return await self._submit(request, None)
+        return await self._submit(request, shaping, None)
+
+    async def draws(self, request: SampleRequest, shaping: Shaping = PLAIN) -> AsyncGenerator[Drawn | Completion]:
+        """Each token as soon as it is drawn, and last the completion; leaving early frees the slot."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[Drawn | None] = asyncio.Queue()  # never holds more than max_tokens
+
+        def on_token(drawn: Drawn) -> None:
+            with suppress(RuntimeError):  # the loop is closed, so nobody listens
+                loop.call_soon_threadsafe(arrived.put_nowait, drawn)
+
+        task = asyncio.ensure_future(self._submit(request, shaping, on_token))
+        task.add_done_callback(lambda _: arrived.put_nowait(None))
+        try:
+            while (drawn := await arrived.get()) is not None:
+                yield drawn
+            yield await task
+        finally:
+            task.cancel()
 
     async def stream(self, request: SampleRequest) -> AsyncIterator[str]:
         """The completion's text, piece by piece: whole characters, and nothing of a stop string."""
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[int | None] = asyncio.Queue()
-
-        def on_token(token: int) -> None:
-            with suppress(RuntimeError):  # the loop is closed, so nobody listens
-                loop.call_soon_threadsafe(arrived.put_nowait, token)
-
-        task = asyncio.ensure_future(self._submit(request, on_token))
-        task.add_done_callback(lambda _: arrived.put_nowait(None))
-        ids: list[int] = []
-        shown = 0
-        try:
-            while (token := await arrived.get()) is not None:
-                ids.append(token)
-                text = self.tokenizer.visible(ids, request.params.stop)
-                text = text[: len(text) - _undecided(text, request.params.stop)]
-                if len(text) > shown:
-                    yield text[shown:]
-                    shown = len(text)
-            completion = await task
-            if len(completion.text) > shown:
-                yield completion.text[shown:]
-        finally:
-            task.cancel()
+        text = TextStream(self.tokenizer, request.params.stop)
+        async with aclosing(self.draws(request)) as draws:
+            async for drawn in draws:
+                piece = text.push(drawn.token) if isinstance(drawn, Drawn) else text.rest(drawn.text)
+                if piece:
+                    yield piece
 
     async def load_weights(self, version: int, tensors: Mapping[str, TensorView]) -> float:
         """Swap in a version between two steps; gives the pause in seconds.
@@ -182,7 +220,7 @@ class LocalEngine:
             except ModelError as error:
                 _answer(done, error)
                 return
-            self._batcher.version = version
+            self._batcher.swapped(version)
             _answer(done, time.monotonic() - started)
 
         return await self._post(swap, done)
@@ -200,13 +238,14 @@ class LocalEngine:
         await asyncio.to_thread(self._thread.join, CLOSE_TIMEOUT_S)
         self._answer_all(ModelError("the engine is closed."))
 
-    async def _submit(self, request: SampleRequest, on_token: Callable[[int], None] | None) -> Completion:
-        request.check()
-        self._batcher.check(request)
+    async def _submit(
+        self, request: SampleRequest, shaping: Shaping, on_token: Callable[[Drawn], None] | None
+    ) -> Completion:
+        self.check(request)
         if self._num_requests >= MAX_REQUESTS:
             raise CapacityError(f"the engine has {MAX_REQUESTS} requests already.", "Ask again later.")
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        sequence = Sequence(request, lambda completion: _answer(done, completion), on_token)
+        sequence = Sequence(request, lambda completion: _answer(done, completion), on_token, shaping.shaper())
         self._num_requests += 1
         try:
             return await self._post(lambda: self._batcher.waiting.append(sequence), done)
@@ -274,13 +313,6 @@ def _settle(future: asyncio.Future[Any], result: object) -> None:
         future.set_exception(result)
     else:
         future.set_result(result)
-
-
-def _undecided(text: str, stop: tuple[str, ...]) -> int:
-    """How many characters at the end may still change: an unfinished character, or the beginning of a stop string."""
-    broken = len(text) - len(text.rstrip("\ufffd"))
-    begun = (n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
-    return max(broken, max(begun, default=0))
 
 
 def pick_device(name: str) -> torch.device:

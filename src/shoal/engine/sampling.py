@@ -52,6 +52,17 @@ def sample(
     return ids, logprobs
 
 
+@torch.inference_mode()
+def likeliest(logits_V: Tensor, params: SamplingParams, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` likeliest tokens and their log-probabilities in the distribution that `sample` draws from."""
+    x_V = logits_V.float() - logits_V.float().amax()
+    if params.temperature:
+        x_V = truncate(x_V / max(params.temperature, LOWEST_TEMPERATURE), params.top_k, params.top_p)
+    found = torch.log_softmax(x_V, dim=-1).topk(min(count, x_V.shape[-1]))
+    pairs = zip(found.indices.tolist(), found.values.tolist(), strict=True)
+    return tuple((token, logprob) for token, logprob in pairs if logprob > float("-inf"))
+
+
 def _sample(logits_BV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
     x_BV = logits_BV.to(torch.float32, copy=True)
     # Relative to the maximum, so that no temperature, however low, overflows.

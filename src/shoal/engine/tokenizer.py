@@ -9,7 +9,7 @@ somebody writes in a message is encoded letter by letter; only the template's ow
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,21 @@ class Tokenizer:
             return start + self.encode("\n\n".join(m.content for m in messages) + "\n\n")
         return self._render([{"role": m.role, "content": m.content} for m in messages])
 
+    @property
+    def template(self) -> str:
+        """The chat template, Jinja; empty where the model has none."""
+        return str(self._inner.chat_template or "")
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """As `prompt`, for a template that understands more than roles and texts: tools, calls and their results.
+
+        Raises:
+            ModelError: the model has no chat template, or its template refuses this conversation.
+        """
+        if not self._inner.chat_template:
+            raise ModelError("the model has no chat template.", "Use /v1/completions, or an instruction-tuned model.")
+        return self._render([dict(message) for message in messages], tools=[dict(tool) for tool in tools])
+
     def continuation(self, previous_ids: Sequence[int], observation: str) -> list[int]:
         """Token ids between an act and the next one.
 
@@ -116,20 +131,28 @@ class Tokenizer:
         cut = min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))
         return text[:cut]
 
-    def _render(self, conversation: list[dict[str, str]], after: str = "") -> list[int]:
+    def _render(
+        self, conversation: list[dict[str, Any]], after: str = "", tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Token ids of what the chat template makes of a conversation, from behind the text `after` on."""
         from jinja2 import TemplateError
 
-        contents = "".join(m["content"] for m in conversation)
+        contents = "".join(_texts([conversation, tools or []]))
         written = {name for name in self._control if name in contents}
         free = (chr(code) for code in _PRIVATE_USE if chr(code) not in contents)
         stand_in = dict(zip(sorted(written), free, strict=False))
-        safe = [
-            {**m, "content": self._control_pattern.sub(lambda f: stand_in[f[0]], m["content"])} for m in conversation
-        ]
+
+        def safe(text: str) -> str:
+            return self._control_pattern.sub(lambda f: stand_in[f[0]], text)
+
+        given: dict[str, Any] = {"tools": _map_texts(tools, safe)} if tools else {}
         try:
-            text = str(self._inner.apply_chat_template(safe, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:
+            text = str(
+                self._inner.apply_chat_template(
+                    _map_texts(conversation, safe), tokenize=False, add_generation_prompt=True, **given
+                )
+            )
+        except (TemplateError, TypeError) as error:
             raise ModelError(f"the model's chat template refuses this conversation: {error}.") from None
         text = text.split(after, 1)[1] if after else text
         if not written:
@@ -146,6 +169,27 @@ class Tokenizer:
                 ids.append(self._control[found[0]])
                 at = found.end()
         return ids
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a nested value, keys of mappings included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in (*value.keys(), *value.values()):
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _map_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """The same nested value with each text in it changed; keys of mappings are texts too."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _map_texts(item, change) for key, item in value.items()}
+    return [_map_texts(item, change) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _as_set(ids: int | list[int] | None) -> set[int]:

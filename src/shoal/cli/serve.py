@@ -1,0 +1,151 @@
+"""`shoal serve`: a model over HTTP, as OpenAI's API does it."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from shoal.cli.output import console, note, print_json
+from shoal.cli.parameters import Json
+
+if TYPE_CHECKING:
+    from shoal.config import Serving
+    from shoal.serving.keys import Keys
+
+KEYS_VARIABLE = "SHOAL_API_KEYS"
+
+
+def run(
+    model: str = "embedded",
+    /,
+    *,
+    host: str | None = None,
+    port: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    context_tokens: int | None = None,
+    max_sequences: int | None = None,
+    name: str | None = None,
+    api_key: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    keys: Path | None = None,
+    new_key: str | None = None,
+    json: Json = False,
+) -> None:
+    """Serve a model over HTTP until Ctrl-C or SIGTERM, as OpenAI's API does.
+
+    Other settings are those of the [serving] table of a run's configuration.
+
+    For example:
+
+        shoal serve
+        shoal serve runs/NAME --port 8080
+        shoal serve --new-key alice
+        shoal serve --host 0.0.0.0
+
+    Args:
+        model: A run's folder, embedded, a directory, a .gguf file or a hub name.
+        host: Address to listen on; beyond loopback keys are needed.
+        port: Port to listen on; 0 takes a free one.
+        threads: CPU threads.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: bf16 or fp32.
+        context_tokens: Longest sequence, prompt and completion together.
+        max_sequences: Completions drawn at once.
+        name: What clients call the model; by default as it was given here.
+        api_key: A key that is let in, for trying things out: others on this machine can read it in the list of
+            processes. May be given several times; SHOAL_API_KEYS takes some too, separated by commas.
+        keys: File of keys' hashes; by default one under the user's data directory.
+        new_key: Make a key of this name, print it once, keep its hash in the file, and leave.
+    """
+    from shoal.fabric.identity import data_dir
+    from shoal.serving import keys as keys_module
+
+    path = keys or data_dir() / "serving" / "keys"
+    if new_key is not None:
+        made = keys_module.add(path, new_key)
+        if json:
+            print_json({"name": new_key, "key": made, "file": str(path)})
+        else:
+            note(f"kept as a hash in {path}; this is the only time that the key itself is shown:")
+            console().print(made, soft_wrap=True, markup=False)
+        return
+    asked = {"host": host, "port": port, "threads": threads, "device": device, "dtype": dtype}
+    asked |= {"context_tokens": context_tokens, "max_sequences": max_sequences}
+    found, settings = _settings(model, {key: value for key, value in asked.items() if value is not None})
+    admitted = _keys(path, api_key, settings)
+    asyncio.run(_serve(found, name or model, settings, admitted, json))
+
+
+def _settings(model: str, changes: dict[str, Any]) -> tuple[str, Serving]:
+    """What is to be loaded, and how it is to be served: a run says both."""
+    from pydantic import ValidationError
+
+    from shoal.config import Serving, load_config
+    from shoal.errors import ConfigError
+
+    base: dict[str, Any] = {}
+    folder = Path(model).expanduser()
+    if (folder / "config.toml").is_file() and (folder / "model").is_dir():
+        base = load_config(str(folder / "config.toml"), []).serving.model_dump()
+        model = str(folder / "model")
+    try:
+        return model, Serving(**{**base, **changes})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{first['loc'][0]}: {first['msg']}.", "See shoal serve --help.") from None
+
+
+def _keys(path: Path, given: tuple[str, ...], settings: Serving) -> Keys:
+    """Who is let in; raises `ConfigError` where everybody on the network would be."""
+    import os
+
+    from shoal.config import is_loopback
+    from shoal.errors import ConfigError
+    from shoal.serving.keys import MAX_KEY_CHARS, Keys, digest, load
+
+    given += tuple(key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip())
+    if any(len(key) > MAX_KEY_CHARS for key in given):
+        raise ConfigError(f"an API key is longer than {MAX_KEY_CHARS} characters.")
+    names = load(path).names | {digest(key): f"given {number}" for number, key in enumerate(given, start=1)}
+    if not names and not is_loopback(settings.host):
+        raise ConfigError(
+            f"on {settings.host} everybody who can reach this machine could use the model.",
+            "Make a key with shoal serve --new-key NAME, or listen on 127.0.0.1.",
+        )
+    return Keys(names)
+
+
+async def _serve(model: str, name: str, settings: Serving, keys: Keys, as_json: bool) -> None:
+    from shoal.engine.local import LocalEngine
+    from shoal.engine.source import resolve
+    from shoal.rollout.host import model_cache
+    from shoal.serving.api import Api
+    from shoal.serving.server import serve
+
+    found = await asyncio.to_thread(resolve, model, model_cache(), note)
+    engine = LocalEngine(
+        found,
+        dtype=settings.dtype,
+        device=settings.device,
+        threads=settings.threads,
+        max_sequences=settings.max_sequences,
+        cache_tokens=settings.cache_tokens,
+        context_tokens=settings.context_tokens,
+        prefill_tokens=settings.prefill_tokens,
+        prefix_tokens=settings.prefix_tokens,
+    )
+
+    def announce(port: int) -> None:
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        url = f"http://{host}:{port}/v1"
+        if as_json:
+            print_json({"url": url, "model": name, "port": port})
+        else:
+            lock = f"{len(keys.names)} keys are let in" if keys.names else "no key is asked for"
+            note(f"serving {name} at {url}; {lock}; Ctrl-C ends")
+
+    await serve(Api(engine, name, settings), keys, settings, announce)

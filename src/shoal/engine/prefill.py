@@ -1,0 +1,87 @@
+"""Prompts on their way into the cache: computed in pieces, so that those who are alive keep drawing between them.
+
+A *wave* is what was admitted together. Its leaders hold the distinct prompts, one row of the cache each; its followers
+have the prompt of a leader and get a copy of its row in the end.
+
+Invariants: a wave's rows stand behind those of the live sequences from `base` on and don't move until it is done; a
+wave whose weights were swapped under it begins again; a piece computes at most the budget's padded tokens, or one
+row's narrowest piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+
+from shoal.engine.cache import KVCache
+from shoal.engine.model import Decoder
+from shoal.engine.sequence import Sequence
+
+PREFILL_WIDTH = 512
+"""Longer prompts are computed in pieces of this many tokens, which bounds the activations' memory."""
+
+NARROWEST = 16
+"""Narrower pieces would cost as much time as this."""
+
+
+@dataclass(eq=False)
+class Wave:
+    """Sequences whose prompts are being computed."""
+
+    leaders: list[Sequence]
+    followers: list[Sequence]
+    base: int
+    """Slot of the first leader's row."""
+    version: int = -1
+    """The policy version that computes it."""
+    work: Iterator[int] = field(default_factory=lambda: iter(()))
+
+    @property
+    def members(self) -> list[Sequence]:
+        return [*self.leaders, *self.followers]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in use up to the last one that any member will take."""
+        return self.base + len(self.leaders) + len(self.followers)
+
+    @property
+    def longest(self) -> int:
+        return max(s.prompt_length for s in self.leaders)
+
+
+def compute(
+    model: Decoder, cache: KVCache, leaders: list[Sequence], reused: list[int], base: int, budget: int
+) -> Iterator[int]:
+    """Compute each leader's prompt from its first `reused` tokens on; yields the padded tokens of each piece.
+
+    Leaders come in runs of equal `reused`, longest prompt first within a run: the rows that still have tokens in a
+    later piece are then the first ones, and no row is padded past the longest prompt. Sets `prompt_hidden`.
+    """
+    first = base
+    for start, run in groupby(zip(reused, leaders, strict=True), key=lambda pair: pair[0]):
+        rows = [leader for _, leader in run]
+        yield from _compute_run(model, cache, rows, start, first, budget)
+        first += len(rows)
+
+
+def _compute_run(
+    model: Decoder, cache: KVCache, rows: list[Sequence], start: int, first: int, budget: int
+) -> Iterator[int]:
+    device = model.device
+    longest = rows[0].prompt_length
+    ids = torch.tensor([[*s.prompt[start:], *[0] * (longest - s.prompt_length)] for s in rows], device=device)
+    while start < longest:
+        unfinished = sum(s.prompt_length > start for s in rows)
+        width = min(PREFILL_WIDTH, max(NARROWEST, budget // unfinished), longest - start)
+        offset = torch.full((unfinished,), start, device=device)
+        hidden = model.forward(ids[:unfinished, :width], offset, cache, first)
+        for row, sequence in enumerate(rows[:unfinished]):
+            last = sequence.prompt_length - 1 - start
+            if last < width:
+                sequence.prompt_hidden = hidden[row, last].clone()
+        ids, start = ids[:, width:], start + width
+        yield unfinished * width

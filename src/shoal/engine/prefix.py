@@ -1,0 +1,99 @@
+"""Beginnings that were computed before: keys and values of finished sequences, for requests that begin alike.
+
+A conversation's next turn, a shared system prompt or a template's head is then copied instead of computed. Entries are
+the whole of a finished sequence (prompt and completion); the least recently used go first.
+
+Invariants: `bytes ≤ budget` after every call; what is given was computed under the weights in place (`clear` at a swap)
+and for exactly these token ids; a match is a multiple of `GRAIN`, so that rows that share a head share its length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+GRAIN = 16
+"""Tokens; also the shortest beginning worth copying."""
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sequence's keys and values, [2, layers, K, length, D]."""
+
+    ids: Ids
+    state: Tensor
+
+    @property
+    def bytes(self) -> int:
+        return self.state.numel() * self.state.itemsize
+
+
+class PrefixStore:
+    """Entries by their first `GRAIN` tokens.
+
+    Args:
+        budget_bytes: the most memory that entries may take; 0 keeps nothing.
+    """
+
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.bytes = 0
+        self._entries: dict[Ids, Entry] = {}
+        """Least recently used first."""
+        self._by_head: dict[Ids, list[Ids]] = {}
+
+    def find(self, ids: Ids) -> tuple[Entry, int] | None:
+        """The entry that shares the longest beginning with `ids`, and that beginning's length."""
+        best: tuple[Entry, int] | None = None
+        for known in self._by_head.get(ids[:GRAIN], ()):
+            length = shared(known, ids)
+            if length >= GRAIN and (best is None or length > best[1]):
+                best = self._entries[known], length
+        if best is not None:
+            self._entries[best[0].ids] = self._entries.pop(best[0].ids)
+        return best
+
+    def wants(self, ids: Ids, token_bytes: int) -> bool:
+        """Whether an entry for `ids` would fit and say something new."""
+        if not GRAIN <= len(ids) <= self.budget_bytes // token_bytes:
+            return False
+        return not any(shared(known, ids) >= len(ids) - GRAIN for known in self._by_head.get(ids[:GRAIN], ()))
+
+    def add(self, ids: Ids, state: Tensor) -> None:
+        """Keep an entry that `wants` has agreed to; those that it continues are dropped."""
+        entry = Entry(ids, state)
+        for known in [k for k in self._by_head.get(ids[:GRAIN], ()) if ids[: len(k)] == k]:
+            self._drop(known)
+        while self.bytes + entry.bytes > self.budget_bytes:
+            self._drop(next(iter(self._entries)))
+        self._entries[ids] = entry
+        self._by_head.setdefault(ids[:GRAIN], []).append(ids)
+        self.bytes += entry.bytes
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self._by_head.clear()
+        self.bytes = 0
+
+    def _drop(self, ids: Ids) -> None:
+        self.bytes -= self._entries.pop(ids).bytes
+        head = self._by_head[ids[:GRAIN]]
+        head.remove(ids)
+        if not head:
+            del self._by_head[ids[:GRAIN]]
+
+
+def shared(one: Ids, other: Ids) -> int:
+    """Length of the common beginning, in whole `GRAIN`s."""
+    low, high = 0, min(len(one), len(other)) // GRAIN
+    while low < high:  # bisection, so that tuples are compared by the interpreter and not token by token
+        middle = (low + high + 1) // 2
+        if one[: middle * GRAIN] == other[: middle * GRAIN]:
+            low = middle
+        else:
+            high = middle - 1
+    return low * GRAIN
