@@ -258,7 +258,7 @@ def test_a_broken_environment_ends_the_run_with_its_reason(tmp_path: Path) -> No
         episodes = tuple(void(held, i, f"node {attempt}") for i in range(4))
         submit(control, Submission(lease=held.id, node_id="", episodes=episodes), f"node {attempt}")
     assert control.failure is not None and "the machine was on fire" in control.failure.problem
-    assert control.lease("ann", 64, 0.0).ended and control.batch(0).ended
+    assert control.lease("ann", 64, 0.0).ended and control.batch(0, 0.0).ended
 
 
 # Evaluation
@@ -353,7 +353,7 @@ def feed(control: Control, groups: int, *nodes: str) -> None:
 
 def finish_step(control: Control, version: int, *, checkpointed: bool = False) -> tuple[Episode, ...]:
     """The learner takes the batch of `version` and reports the next one."""
-    found = control.batch(version).episodes
+    found = control.batch(version, 0.0).episodes
     assert found is not None
     control.stepped(report(version + 1), {})
     if checkpointed:
@@ -369,14 +369,14 @@ def test_the_run_is_over_when_all_is_done_and_saved(tmp_path: Path, after: bool)
         feed(control, 3, "ann", "bob")
         finish_step(control, version)
     assert not control.ended, "the model is not saved yet"
-    assert control.batch(2).episodes is None and not control.batch(2).ended
+    assert control.batch(2, 0.0).episodes is None and not control.batch(2, 0.0).ended
     assert (lease(control).kind == "eval") if after else (control.lease("ann", 64, 0.0).lease is None)
     control.stepped(report(2, published=False, metrics=False, checkpointed=True), {})
     if after:
         assert not control.ended
         control.node_left("ann", "test")
         act(control)
-    assert control.ended and control.batch(2).ended and control.lease("bob", 64, 0.0).ended
+    assert control.ended and control.batch(2, 0.0).ended and control.lease("bob", 64, 0.0).ended
     summary = summarise(control.config, control, seconds=1.0)
     assert summary["worker_rollouts"] == {"ann": 16, "bob": 8, "local-0": 0, "local-1": 0}
     assert summary["min_worker_share"] == 0, "a worker of the run that supplied nothing counts"
@@ -392,7 +392,7 @@ def test_the_learner_gets_the_same_batch_as_often_as_it_asks(tmp_path: Path) -> 
     second = finish_step(control, 1)
     # It was killed, and begins again with its checkpoint of version 0; version 2 is still what workers hold.
     control.stepped(report(2, metrics=False), {})
-    assert (control.batch(0).episodes, control.batch(1).episodes) == (first, second)
+    assert (control.batch(0, 0.0).episodes, control.batch(1, 0.0).episodes) == (first, second)
     control.stepped(report(1, published=False), {})
     control.stepped(report(2, published=False), {})
     lines = [json.loads(line) for line in (tmp_path / "runs/tiny/metrics.jsonl").read_text().splitlines()]
@@ -406,7 +406,7 @@ def test_the_announcement_of_a_restarted_learner_is_no_step(tmp_path: Path) -> N
     control = make(tmp_path, run__steps=2)
     control.stepped(report(2, metrics=False), {})
     assert control.version == 0 and control.published == 2 and not control.steps_done
-    assert not control.batch(0).ended
+    assert not control.batch(0, 0.0).ended
 
 
 def test_batches_are_kept_for_every_checkpoint_that_is_kept(tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_batches_are_kept_for_every_checkpoint_that_is_kept(tmp_path: Path) -> N
         finish_step(control, version, checkpointed=version % 2 == 1)
         kept.append(sorted(int(p.name) for p in (tmp_path / "runs/tiny/batches").iterdir()))
     assert kept == [[0], [0, 1], [0, 1, 2], [2, 3], [2, 3, 4], [4, 5]]
-    assert control.batch(2).ended, "asked for what is gone: said, and not made up"
+    assert control.batch(2, 0.0).ended, "asked for what is gone: said, and not made up"
     assert control.failure is not None and "batch of step 3 again" in control.failure.problem
 
 
@@ -438,7 +438,7 @@ def test_a_killed_coordinator_continues_where_it_was(tmp_path: Path) -> None:
     assert again.lost["interrupted"] == 1 and again.queue.counts["consumed"] == 3
     assert again.consumption.by_name == {"attic": 8, "barn": 4}, "names outlive the nodes' absence"
     again.stepped(report(1, metrics=False), {})
-    assert again.batch(0).episodes == first, "the learner's checkpoint is older than what it trained"
+    assert again.batch(0, 0.0).episodes == first, "the learner's checkpoint is older than what it trained"
     assert submit(again, submission(running, "bob"), "bob") == {"late": 4}
     assert lease(again, "bob").group == "g5"
     again.node_left("bob", "test")
@@ -514,7 +514,7 @@ def _random_run(path: Path, rng: random.Random) -> None:
             control.node_left(node, "died")
             held = [(one, holder) for one, holder in held if holder != node]
         elif what < 0.97:
-            episodes = control.batch(version).episodes
+            episodes = control.batch(version, 0.0).episodes
             if episodes is not None:
                 assert trained.setdefault(version, episodes) == episodes, "the same batch, always"
                 version += 1

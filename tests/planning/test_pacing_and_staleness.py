@@ -296,10 +296,21 @@ def test_a_wait_raises_the_margin_and_steady_slack_lowers_it() -> None:
     pacer.asked(10, 100.0)
     pacer.served(10, 8, 103.0)
     assert pacer.margin_s == pytest.approx(3.0)
-    for step in range(11, 40):
+    for step in range(11, 60):
         now = 103.0 + 10 * (step - 10)
         for _ in range(8):
             pacer.finished(4.0, now - 5.0)
         pacer.asked(step, now)
         pacer.served(step, 8, now)
     assert pacer.margin_s == pytest.approx(-pacer.lead_s), "slack of 5 s at every step is used up, within its limit"
+
+
+def test_a_reserve_is_left() -> None:
+    pacer = measured(8, 4, train_s=10.0, duration_s=4.0, rate=4.0)
+    for step in range(10, 60):
+        now = 100.0 + 10 * (step - 10)
+        for _ in range(8):
+            pacer.finished(4.0, now - 2.0)
+        pacer.asked(step, now)
+        pacer.served(step, 8, now)
+    assert pacer.margin_s == 0.0, "2 s of 10 are less than the reserve"

@@ -24,11 +24,26 @@ def test_overlapping_leases_share_their_time_and_failures_cost_it() -> None:
     meter.started("a", 0.0)
     meter.ended("a", 8, 8.0)
     assert meter.rate("a") == pytest.approx(1.0, rel=0.02)
+    meter.started("a", 8.0)
+    meter.ended("a", 0, 16.0)
     meter.ended("a", 0, 16.0)
     assert meter.rate("a") == pytest.approx(0.5, rel=0.02)
     meter.left("a")
     meter.ended("a", 8, 17.0)
     assert meter.rate("a") is None and meter.total == 0.0
+
+
+def test_who_is_given_less_does_not_seem_slower() -> None:
+    meter = RateMeter()
+    for _ in range(4):
+        meter.started("a", 0.0)
+    for _ in range(4):
+        meter.ended("a", 8, 4.0)
+    assert meter.rate("a") == pytest.approx(8.0, rel=0.02)
+    for i in range(100):
+        meter.started("a", 4.0 + 4 * i)
+        meter.ended("a", 8, 8.0 + 4 * i)
+    assert meter.rate("a") == pytest.approx(8.0, rel=0.02)
 
 
 def test_old_work_is_forgotten() -> None:

@@ -6,7 +6,7 @@ Everything goes to standard error, so results on standard output stay clean.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -151,15 +151,19 @@ class LiveView:
             f"publish {m.get('publish_s', 0):.1f} s",
             f"swept {control.queue.counts['swept']}, void {control.book.counts['void']}",
         )
+        plan = control.provisioning.facts(time.monotonic())
+        if "capacity/needed_rate" in plan:
+            facts.add_row(*_plan_cells(plan))
         table = Table(box=None, padding=(0, 2), header_style="dim")
-        for column in ("worker", "policy", "tokens/s", "rollouts used"):
+        for column in ("worker", "policy", "tokens/s", "rollouts/s", "rollouts used"):
             table.add_column(column)
-        used_by = control.consumption.by_name
+        used_by, rates = control.consumption.by_name, control.provisioning.rates()
         for node in workers:
+            rate = "parked" if node.node_id in control.provisioning.parked else f"{rates.get(node.node_id, 0.0):.2f}"
             used = used_by.get(node.name, 0)
-            table.add_row(node.name, str(node.version), f"{node.tokens_per_s:.0f}", str(used))
+            table.add_row(node.name, str(node.version), f"{node.tokens_per_s:.0f}", rate, str(used))
         if not workers:
-            table.add_row("none yet", "", "", "")
+            table.add_row("none yet", "", "", "", "")
         evals = "   ".join(f"v{v}: {r['strict']:.1%}" for v, r in sorted(control.evals.results.items()))
         for round_ in control.evals.rounds.values():
             evals += f"   v{round_.version}: {len(round_.answers)}/{len(round_.tasks)} answered"
@@ -176,6 +180,17 @@ class LiveView:
 
 def _waits_for_workers(session: Session) -> bool:
     return session.config.workers.count == 0 and session.config.learner.mode != "colocated"
+
+
+def _plan_cells(plan: Mapping[str, float]) -> tuple[str, str, str, str]:
+    """What the planner measured and spends."""
+    usd = f"{plan['usd']:.2f} $, {plan['usd_per_hour']:.2f} $/h" if "usd" in plan else ""
+    return (
+        f"{plan['capacity/rate']:.2f} of {plan['capacity/needed_rate']:.2f} rollouts/s needed",
+        f"learner busy {plan['capacity/predicted_utilisation']:.0%} (predicted)",
+        f"snapshot {plan['capacity/bcast_s']:.1f} s, every {plan['capacity/interval']:.0f} steps",
+        usd,
+    )
 
 
 def _spark(values: list[float], width: int = 60) -> str:

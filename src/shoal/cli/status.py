@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shoal.cli.output import console, error_console, print_json
@@ -121,6 +122,9 @@ def picture(status: RunStatus) -> RenderableType:
         style = {"silent": "bold red", "lost": "red", "parked": "yellow"}.get(node.state, "")
         table.add_row(*(Text(cell) for cell in _cells(node, status.published)), style=style)
     parts: list[RenderableType] = [Text(title), table]
+    plan = _plan(status.metrics)
+    if plan:
+        parts.insert(1, Text(plan))
     waits = list(_waits(status))
     if waits:
         parts += [Text(""), *(Text(line, style="dim") for line in waits)]
@@ -165,6 +169,23 @@ def _waits(status: RunStatus) -> list[str]:
         for name, wait in found
         if wait.seconds >= TOLD_FROM_S
     ]
+
+
+def _plan(facts: Mapping[str, float]) -> str:
+    """What the run's planner measured; empty before it has."""
+    try:
+        told = (
+            f"workers make {facts['capacity/rate']:.2f} rollouts/s of {facts['capacity/needed_rate']:.2f} needed, "
+            f"a step takes the learner {facts['capacity/step_work_s']:.1f} s, "
+            f"a rollout {facts['capacity/rollout_s']:.1f} s, "
+            f"a snapshot {facts['capacity/bcast_s']:.1f} s to reach all (stall {facts['capacity/stall']:.2f}); "
+            f"predicted to be busy {facts['capacity/predicted_utilisation']:.0%}"
+        )
+    except KeyError:
+        return ""
+    parked = f", {facts.get('capacity/parked', 0):.0f} parked" if facts.get("capacity/parked") else ""
+    spent = f"; {facts['usd']:.2f} $ so far" if "usd" in facts else ""
+    return f"{told}{parked}{spent}"
 
 
 def _money(usd_per_hour: float) -> str:

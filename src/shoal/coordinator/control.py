@@ -3,6 +3,7 @@
     lease()  ──▶ evaluation first, then a group that admission lets start
     submit() ──▶ verified ──▶ whole groups to the queue, answers to the evaluation
     batch()  ──▶ the step's batch, formed once (sweep inside), handed out as often as asked
+    provisioning    told of all of it: says when a group may start, who is parked, what it costs
     stepped() ─▶ the version rises; a published manifest raises what workers are asked for
     tick()   ──▶ leases without progress end; their groups wait to be leased again
 
@@ -16,7 +17,6 @@ longer for the next, so that one broken machine does not use up what the others 
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
@@ -26,8 +26,10 @@ from typing import Any
 from shoal.broadcast.store import Store
 from shoal.config import Config
 from shoal.coordinator.consumption import Consumption
+from shoal.coordinator.draining import USUAL_S, Drain
 from shoal.coordinator.evaluation import EvalRound, Evaluations
 from shoal.coordinator.journal import Journal
+from shoal.coordinator.provisioning import Provisioning
 from shoal.coordinator.rundir import RunDir
 from shoal.coordinator.tasks import TaskSource
 from shoal.coordinator.verification import Limits, mismatch, rescored
@@ -41,8 +43,8 @@ from shoal.protocol.sampling import SamplingParams
 from shoal.protocol.status import NodeState
 from shoal.protocol.work import BatchReply, Lease, LeaseReply, StepReport, Submission
 
-WAIT_S = 0.25
-"""A worker without a lease asks again after this long."""
+WAIT_S, MIN_WAIT_S = 0.25, 0.02
+"""A worker without a lease asks again after this long; sooner, within these bounds, where pacing opens sooner."""
 
 MAX_VOID_ATTEMPTS = 8
 """A group whose rollouts were void this often shows a broken environment or worker image, not bad luck."""
@@ -104,9 +106,12 @@ class Control:
         self._batch_facts: dict[str, int] = {}
         self._saved = False
         self._checkpoints = deque[int](maxlen=config.learner.keep_checkpoints)
-        self._logged_step = self._last_logged_step()
+        self._logged_step = run.last_logged_step()
         self.evals = Evaluations(config, run, self._tasks.heldout() if Evaluations.wanted(config) else [])
         self.failure: ShoalError | None = None
+        self.provisioning = Provisioning(config, run)
+        self.drain: Drain | None = None
+        """Under way, where the run may cost no more."""
 
     @property
     def steps_done(self) -> bool:
@@ -125,9 +130,12 @@ class Control:
         if self.ended:
             return LeaseReply(ended=True, newest_version=newest)
         lease = None
-        if self.published >= 0 and now >= self._pauses.get(node_id, (0, now))[1]:
+        kept = self.published < 0 or node_id in self.provisioning.parked or self.drain is not None
+        if not kept and now >= self._pauses.get(node_id, (0, now))[1]:
             lease = self._eval_lease(node_id, free_slots, now) or self._train_lease(node_id, free_slots, now)
-        return LeaseReply(lease=lease, wait_s=WAIT_S, newest_version=newest)
+        opens_s = self.provisioning.opens_in(self.queue, now)
+        wait_s = min(max(opens_s, MIN_WAIT_S), WAIT_S) if opens_s > 0 else WAIT_S
+        return LeaseReply(lease=lease, wait_s=wait_s, newest_version=newest)
 
     def _eval_lease(self, node_id: str, free_slots: int, now: float) -> Lease | None:
         for round_ in self.evals.rounds.values():
@@ -156,11 +164,12 @@ class Control:
     def _train_lease(self, node_id: str, free_slots: int, now: float) -> Lease | None:
         rollout, learner = self.config.rollout, self.config.learner
         size = rollout.group_size
-        if free_slots < size or self.steps_done:
+        if free_slots < size or self.steps_done or not self.provisioning.admits(self.queue, now):
             return None
-        number = self.queue.start(self.published, self.config.run.steps)
-        if number is None:
+        started = self.provisioning.start(self.queue, node_id, self.published)
+        if started is None:
             return None
+        number, version = started
         self._journal.note("start", number)
         lease_id = f"g{number}.{secrets.token_hex(4)}"
         lease = Lease(
@@ -170,12 +179,13 @@ class Control:
             tasks=(self._tasks.group(number),) * size,
             seeds=self._tasks.seeds(number, size),
             params=SamplingParams(max_tokens=rollout.max_tokens, temperature=rollout.temperature, stop=rollout.stop),
-            min_version=self.published,
+            min_version=version,
             exact_version=learner.mode != "async",
             duration_s=rollout.lease_timeout_s,
         )
         self._leased[lease_id] = _Leased(lease, number, None)
         self.book.grant(lease_id, node_id, size, lease.duration_s, now)
+        self.provisioning.started(lease_id, node_id, now)
         return lease
 
     def heartbeat(self, node_id: str, leases: Mapping[str, int], now: float) -> tuple[str, ...]:
@@ -198,6 +208,7 @@ class Control:
             # Groups stay whole: what was fine in an incomplete group is void with it, and the group is leased again.
             verdicts = ["void" if v == "accepted" else v for v in verdicts]
         self._close(submission.lease, node_id, verdicts, size)
+        self.provisioning.ended(submission.lease, now, accepted=whole)
         self._note_problems(node_id, problems)
         self._pause(node_id, fruitful="accepted" in verdicts, now=now)
         if held.round is not None:
@@ -242,6 +253,10 @@ class Control:
         """Why a node without a lease has none."""
         if self.published < 0:
             return "idle", "no version has been published yet"
+        if node_id in self.provisioning.parked:
+            return "parked", "others give the learner what it needs for less"
+        if self.drain is not None:
+            return "parked", self.drain.reason
         attempts, until = self._pauses.get(node_id, (0, now))
         if now < until:
             return "parked", f"its last {attempts} leases brought nothing; it may ask again in {until - now:.0f} s"
@@ -249,6 +264,8 @@ class Control:
             return "idle", "the last step is done"
         if self.queue.pending:
             return "idle", "between two leases"
+        if not self.provisioning.admits(self.queue, now):
+            return "idle", "a group started now would wait for the learner, and be staler than it need be"
         return "idle", "as many groups are started as the staleness bound allows"
 
     def _answered(self, round_: EvalRound, lease_id: str, answers: list[Episode | None], why: str) -> None:
@@ -281,10 +298,21 @@ class Control:
         """End leases that show no progress."""
         for holding in self.book.expire(now):
             self._run.event("lease.expired", holding.node_id, lease=holding.lease_id)
+            self.provisioning.ended(holding.lease_id, now, accepted=False)
             self._release(holding.lease_id, "expired")
+        self._keep_budget(now)
+
+    def _keep_budget(self, now: float) -> None:
+        """Stop the run in order before it has cost more than it may."""
+        if self.drain is None and not self.steps_done and self.provisioning.must_drain(USUAL_S, now):
+            self.drain = Drain(f"the budget of {self.config.budget.max_usd:g} USD is used up", now)
+            self._run.event("budget.drain", usd=self.provisioning.usd(now), step=self.version)
+        if self.drain is not None and self.failure is None and self.drain.is_over(self.book.num_running, now):
+            self.failure = self.drain.error(self.version, self.config.run.steps)
 
     def node_left(self, node_id: str, reason: str) -> None:
         """A worker said goodbye or died: its leases end now."""
+        self.provisioning.left(node_id)
         for holding in self.book.void_node(node_id):
             self._run.event("lease.void", node_id, lease=holding.lease_id, reason=reason)
             self._release(holding.lease_id, reason)
@@ -303,9 +331,10 @@ class Control:
 
     # The learner
 
-    def batch(self, version: int) -> BatchReply:
+    def batch(self, version: int, now: float) -> BatchReply:
         """The batch that makes `version` + 1, if it can be had now."""
         self.version = max(self.version, version)
+        self.provisioning.asked(version, now)
         if self.ended:
             return BatchReply(version=version, ended=True)
         if version >= self.config.run.steps:
@@ -317,9 +346,12 @@ class Control:
                 "Its newer checkpoints are gone or damaged; start a new run from the model you have.",
             )
             return BatchReply(version=version, ended=True)
+        if episodes is None and self.drain is not None:
+            return BatchReply(version=version, save=self.drain.saved_at is None)
         if episodes is None:
             episodes = self._form_batch(version)
         if episodes is not None:
+            self.provisioning.served(version, len(self.queue.buffered), now)
             self._batch_facts = self.consumption.count(version, episodes, self.name_of)
             if self.config.output.keep_episodes:
                 lines = b"".join(to_json(e) + b"\n" for e in episodes)
@@ -356,16 +388,6 @@ class Control:
     def _kept_versions(self) -> list[int]:
         snapshots = Store(self._run.path / "snapshots", run=self._run.name, trusted_key=b"", read_only=True)
         return snapshots.versions("policy")
-
-    def _last_logged_step(self) -> int:
-        path = self._run.path / "metrics.jsonl"
-        last = 0
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                last = max(last, int(json.loads(line).get("step", 0)))
-            except ValueError:
-                continue  # the half line of a killed writer
-        return last
 
 
 def _first(problems: list[str]) -> str:

@@ -168,6 +168,17 @@ class RunDir:
         if self.on_metric is not None:
             self.on_metric(line)
 
+    def last_logged_step(self) -> int:
+        """The newest step in `metrics.jsonl`; 0 for none."""
+        path = self.path / "metrics.jsonl"
+        last = 0
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                last = max(last, int(json.loads(line).get("step", 0)))
+            except ValueError:
+                continue  # the half line of a killed writer
+        return last
+
     def close(self) -> None:
         """Close what was appended to, and give up the lock."""
         for file in self._appending.values():

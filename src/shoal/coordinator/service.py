@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from shoal.config import Config
 from shoal.coordinator.admission import Admission
 from shoal.coordinator.control import Control
 from shoal.coordinator.door import MAX_NODES, Door
+from shoal.coordinator.hooks import Hooks
 from shoal.coordinator.nodes import Node as Node
 from shoal.coordinator.rundir import RunDir
 from shoal.coordinator.status import Watch
@@ -31,8 +33,9 @@ from shoal.errors import RecordError, ShoalError, StorageError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Handler, Request
+from shoal.planning.activation import Offer
 from shoal.protocol.codec import Record, decode, encode
-from shoal.protocol.roster import SwarmRole
+from shoal.protocol.roster import NodeRecord, SwarmRole
 from shoal.protocol.snapshot import SignedManifest
 from shoal.protocol.work import (
     Ack,
@@ -83,6 +86,7 @@ class Coordinator:
         self.watch = Watch(control, self.nodes, fabric, admission.root.node_id, run.name, self._may_look)
         """How every node is."""
         self._stack = contextlib.AsyncExitStack()
+        self._hooks = Hooks(config, run)
         self._changed = asyncio.Condition()
         self._over = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -141,6 +145,7 @@ class Coordinator:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._hooks.close()
         await self._stack.aclose()
 
     async def dismissed(self, deadline_s: float) -> None:
@@ -186,14 +191,17 @@ class Coordinator:
         asked = _read(request, LeaseRequest)
         node = self._seen(request.sender)
         node.version = asked.version
-        free_slots = max(0, min(asked.free_slots, MAX_SLOTS))
-        return encode(self.control.lease(request.sender, free_slots, time.monotonic()))
+        now, free_slots = time.monotonic(), max(0, min(asked.free_slots, MAX_SLOTS))
+        self.control.provisioning.holds(request.sender, asked.version, now)
+        return encode(self.control.lease(request.sender, free_slots, now))
 
     async def _heartbeat(self, request: Request) -> bytes:
         beat = _read(request, Heartbeat)
         node = self._seen(request.sender)
         node.version, node.tokens_per_s = beat.version, beat.tokens_per_s
-        gone = self.control.heartbeat(request.sender, beat.leases, time.monotonic())
+        now = time.monotonic()
+        self.control.provisioning.holds(request.sender, beat.version, now)
+        gone = self.control.heartbeat(request.sender, beat.leases, now)
         newest = max(0, self.control.published)
         return encode(HeartbeatReply(gone=gone, newest_version=newest, ended=self.control.ended))
 
@@ -224,6 +232,7 @@ class Coordinator:
         node.alive, node.departed = False, reason != "died"
         self.watch.gone(node_id, reason)
         self.control.node_left(node_id, reason)
+        self._hooks.gone(node_id)
         self.run.event("node.left", node_id, name=node.name, role=node.role, reason=reason)
 
     # The learner
@@ -233,8 +242,8 @@ class Coordinator:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + POLL_S
         while True:
-            reply = self.control.batch(version)
-            if reply.episodes is not None or reply.ended or loop.time() >= deadline:
+            reply = self.control.batch(version, time.monotonic())
+            if reply.episodes is not None or reply.ended or reply.save or loop.time() >= deadline:
                 return encode(reply)
             async with self._changed:
                 with contextlib.suppress(TimeoutError):
@@ -252,7 +261,8 @@ class Coordinator:
             self.last_metrics = self.watch.metrics = dict(report.metrics)
             if self.first_step_at is None:
                 self.first_step_at, self.steps_at_start = time.monotonic(), report.version
-        book, queue = self.control.book, self.control.queue
+        book, queue, now = self.control.book, self.control.queue, time.monotonic()
+        provisioning = self.control.provisioning
         extra: dict[str, Any] = {
             "workers": len(self.workers()),
             "swept": queue.counts["swept"],
@@ -260,22 +270,52 @@ class Coordinator:
             "rejected": book.counts["rejected"],
             "expired": book.counts["expired"],
             "rollout_tokens_per_s": sum(n.tokens_per_s for n in self.workers()),
+            **provisioning.facts(now),
+            **{f"rate/{self._name_of(node_id)}": rate for node_id, rate in provisioning.rates().items()},
         }
         self.control.stepped(report, extra)
         if report.manifest is not None:
+            provisioning.published(report.version, report.metrics.get("snapshot_bytes", 0.0), now)
             self.run.event("snapshot.published", request.sender, version=report.version)
+        if report.checkpointed and self.control.drain is not None:
+            self.control.drain.saved(now)
         await self._notify()
-        return encode(StepReply(ended=self.control.ended, oldest_version=self.control.evals.oldest_version))
+        return encode(
+            StepReply(
+                ended=self.control.ended,
+                oldest_version=self.control.evals.oldest_version,
+                publish_every=provisioning.interval if self.config.capacity.adapt_interval else 0,
+            )
+        )
 
     # Clockwork
 
     async def _tick(self) -> None:
         while True:
             await asyncio.sleep(TICK_S)
-            self.control.tick(time.monotonic())
+            now = time.monotonic()
+            self.control.tick(now)
+            self._provision(now)
             if self.control.ended:
                 self._over.set()
             await self._notify()
+
+    def _provision(self, now: float) -> None:
+        """Tell the planner who is here, and do what it asks for."""
+        provisioning = self.control.provisioning
+        records = {node.id: node.record for node in self.member.nodes("worker", absent=True)}
+        offers = [_offer(node.node_id, records.get(node.node_id)) for node in self.workers()]
+        before = provisioning.parked
+        if provisioning.see(offers, now):
+            for node_id in provisioning.parked - before:
+                self.run.event("worker.parked", node_id, name=self._name_of(node_id))
+            for node_id in before - provisioning.parked:
+                self.run.event("worker.activated", node_id, name=self._name_of(node_id))
+        if provisioning.missing_rate > 0 and self.control.drain is None:
+            rate = provisioning.pacer.rate * self.config.rollout.group_size
+            self._hooks.acquire(rate, provisioning.missing_rate, now)
+        for node_id in provisioning.to_release(now):
+            self._hooks.release(node_id, self._name_of(node_id))
 
     async def _watch(self) -> None:
         async with self._fabric.watch_alive() as changes:
@@ -304,6 +344,20 @@ class Coordinator:
     def workers(self) -> list[Node]:
         """Live workers."""
         return [n for n in self.nodes.values() if n.role == "worker" and n.alive]
+
+
+def _offer(node_id: str, record: NodeRecord | None) -> Offer:
+    """A worker as the planner sees it: free, and so never parked, until it has said what it costs."""
+    if record is None:
+        return Offer(node_id, rate=0.0, price_usd_per_hour=0.0)
+    return Offer(
+        node_id,
+        rate=0.0,
+        price_usd_per_hour=record.price_usd_per_hour,
+        billing=record.billing,
+        uplink_bytes_per_s=record.uplink_bytes_per_s or math.inf,
+        downlink_bytes_per_s=record.downlink_bytes_per_s or math.inf,
+    )
 
 
 def _read(request: Request, kind: type[M]) -> M:

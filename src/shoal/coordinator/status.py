@@ -212,7 +212,7 @@ class Watch:
             ended=control.ended,
             failure=clipped(str(control.failure or "")),
             mode=control.config.learner.mode,
-            metrics=dict(self.metrics),
+            metrics={**self.metrics, **control.provisioning.facts(time.monotonic())},
         )
 
     def notices(self) -> list[Notice]:

@@ -80,6 +80,7 @@ class LearnerProcess:
         self._writer = SnapshotWriter(self._store, fabric.identity, POLICY)
         self._publisher = Publisher(fabric, self._store, allow=part.member.is_granted)
         self._oldest_needed: int | None = None
+        self._publish_every = config.learner.publish_every
         self._checkpoint_s = 0.0
         """What the last checkpoint took: part of the next step's time."""
         self._doing = "loads the model"
@@ -101,6 +102,9 @@ class LearnerProcess:
             reply = await self._batch(trainer.version)
             if reply is None:
                 return
+            if reply.save:
+                await self._save()
+                continue
             assert reply.episodes is not None
             wait_s = asyncio.get_running_loop().time() - waited_from
             self._doing = f"trains step {trainer.version + 1}"
@@ -137,7 +141,7 @@ class LearnerProcess:
                 continue
             if reply.ended:
                 return None
-            if reply.episodes is not None:
+            if reply.episodes is not None or reply.save:
                 return reply
 
     async def _finish_step(self, metrics: StepMetrics, wait_s: float) -> None:
@@ -152,7 +156,7 @@ class LearnerProcess:
         last = version >= self._config.run.steps
         started = loop.time()
         self._doing = f"publishes version {version}"
-        published = await self._publish() if last or version % settings.publish_every == 0 else None
+        published = await self._publish() if last or version % self._publish_every == 0 else None
         publish_s = loop.time() - started
         total_s = wait_s + metrics["train_s"] + publish_s + self._checkpoint_s
         timing = {
@@ -223,6 +227,7 @@ class LearnerProcess:
         with waiting(f"the report of version {version} to arrive", whom="coordinator", until="it answers"):
             reply = await self._tell(report)
         self._oldest_needed = reply.oldest_version
+        self._publish_every = reply.publish_every or self._config.learner.publish_every
         if published is not None:
             await self._publisher.announce(POLICY, version)
 

@@ -12,8 +12,9 @@ Where workers cannot keep up (R/Λ > T_train), waiting for step t would cost a l
 admission could open decides instead, and the pacer never closes.
 
 `margin` is learnt: a learner that waited w seconds raises it by w; if each of the last `KEPT_STEPS` batches lay ready
-for s seconds at least, it shrinks by `EASE`·s. So a rare late batch (a pause for a snapshot, every κ steps) keeps its
-margin, and only slack that is always there is used up, whatever the estimates are worth.
+for s seconds at least, it shrinks by `EASE`·(s − `RESERVE_SHARE`·T_train). So a rare late batch (a pause for a
+snapshot, every κ steps) keeps its margin, and only slack that is always there is used up, whatever the estimates are
+worth. The reserve is for what no estimate knows: workers that ask only now and then, machines that others use as well.
 
 Invariants: the pacer only ever delays what admission allows; a group of the step that the learner waits for is never
 delayed; what was lost is never delayed (`admits`); with nothing measured, nothing is delayed.
@@ -29,7 +30,13 @@ from dataclasses import dataclass, field
 from shoal.planning.queue import GroupQueue
 
 EASE = 0.1
-"""Share of the smallest recent slack by which the margin shrinks each step."""
+"""Share of the smallest recent slack, less the reserve, by which the margin shrinks each step."""
+
+RESERVE_SHARE = 0.25
+"""A batch should lie ready for this share of a step before it is asked for; rollouts are as much staler."""
+
+SHORT_SHARE = 0.8
+"""Workers that make no more than a batch in this share of a step have no time to wait for anything."""
 
 KEPT_STEPS = 9
 """T_train is the median of this many steps, so that one with a checkpoint does not count; slack is their smallest."""
@@ -95,7 +102,7 @@ class Pacer:
         if wait_s > 0:
             self.margin_s += min(wait_s, self.train_s)
         elif len(self._slacks) == KEPT_STEPS:
-            self.margin_s -= EASE * min(self._slacks)
+            self.margin_s -= EASE * max(0.0, min(self._slacks) - RESERVE_SHARE * self.train_s)
         self.margin_s = min(max(self.margin_s, -self.lead_s), (self.max_staleness + 1) * self.train_s)
 
     def _slack_s(self, buffered: int, now: float) -> float:
@@ -121,6 +128,11 @@ class Pacer:
             due = self._asked_at + (step - self._step) * self.train_s
         to_start = (step + 1) * self.groups_per_step - ahead
         return due - self.lead_s - self.margin_s - to_start / self.rate
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the workers can hardly keep up with the learner, as far as is known."""
+        return self.train_s is not None and self.groups_per_step > SHORT_SHARE * self.rate * self.train_s
 
     def admits(self, queue: GroupQueue, now: float) -> bool:
         """Whether pacing lets `queue` start its next group now; admission is the queue's own business."""

@@ -1,6 +1,11 @@
-"""How fast each worker is: rollouts a second while it has work, from what it was leased and what came of it.
+"""How fast each worker is: rollouts a second with all slots taken, from what it was leased and what came of it.
 
-A worker that waits for work because pacing or admission holds it is not slow, so only the time under a lease counts.
+A worker that waits for work because pacing or admission holds it is not slow. So what counts is time under leases, each
+lease as the share of the most that the worker ever held at once: half full for two seconds is one second of work. That
+takes a lease to last as long whatever runs beside it. An engine that is quicker when it is emptier is thus taken for
+faster than it is while it is not full; whoever relies on it too much fills it, and then it is measured right. (Time
+under any lease, however few, would be wrong the other way, and stay so: who is given less would seem slower.)
+
 Old time is forgotten exponentially: after `MEMORY_S` seconds of work it weighs 1/e. Invariants: what failed takes time
 and adds nothing; time in which nothing is leased changes nothing; a worker that has finished nothing yet has no rate.
 """
@@ -21,16 +26,24 @@ noisy measurements picks the lucky ones, and gets less than was measured."""
 @dataclass(slots=True)
 class _Meter:
     leases: int = 0
+    most: int = 1
+    """Leases held at once, at most."""
     since: float = 0.0
-    busy_s: float = 0.0
+    lease_s: float = 0.0
+    """Seconds times leases."""
     rollouts: float = 0.0
 
     def advance(self, now: float) -> None:
         if self.leases > 0 and now > self.since:
             kept = math.exp((self.since - now) / MEMORY_S)
-            self.busy_s = self.busy_s * kept + MEMORY_S * (1 - kept)
+            self.lease_s = self.lease_s * kept + self.leases * MEMORY_S * (1 - kept)
             self.rollouts *= kept
         self.since = max(self.since, now)
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds of work, all slots taken."""
+        return self.lease_s / self.most
 
 
 @dataclass
@@ -44,6 +57,7 @@ class RateMeter:
         meter = self._meters.setdefault(node_id, _Meter(since=now))
         meter.advance(now)
         meter.leases += 1
+        meter.most = max(meter.most, meter.leases)
 
     def ended(self, node_id: str, rollouts: int, now: float) -> None:
         """A lease ended, with so many accepted rollouts (0 where it was lost, void or for another purpose)."""

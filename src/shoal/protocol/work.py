@@ -126,6 +126,8 @@ class BatchReply(Record, frozen=True):
     version: int
     episodes: tuple[Episode, ...] | None = None
     ended: bool = False
+    save: bool = False
+    """The run is to stop before its last step: save the present state, report it, and ask again."""
 
 
 class StepReport(Record, frozen=True):
@@ -145,6 +147,8 @@ class StepReply(Record, frozen=True):
     ended: bool = False
     oldest_version: int | None = None
     """An older version than the newest ones that is still needed, by an evaluation: it may not be dropped."""
+    publish_every: int = 0
+    """Kappa, the steps between two publications from now on; 0: as configured."""
 
 
 class Leaving(Record, frozen=True):
