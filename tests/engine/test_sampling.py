@@ -61,7 +61,9 @@ def test_the_statistic_would_notice_a_bias() -> None:
     assert unlikely(*chi_square(ids, torch.softmax(logits * 1.1, -1)))
 
 
-@pytest.mark.parametrize(("top_k", "top_p"), [(5, 1.0), (0, 0.7), (8, 0.6), (1, 1.0), (0, 1e-9), (500, 0.999)])
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(5, 1.0), (0, 0.7), (8, 0.6), (1, 1.0), (0, 1e-9), (0, 1e-261), (500, 0.999)]
+)
 def test_truncated_draws(top_k: int, top_p: float) -> None:
     logits = torch.randn(300, generator=torch.Generator().manual_seed(2)) * 2
     number = 5000

@@ -24,7 +24,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from blake3 import blake3
@@ -72,8 +72,10 @@ class Store:
             for part in ("chunks", "manifests", "new"):
                 (directory / part).mkdir(parents=True, exist_ok=True)
             for path in (directory / "new").iterdir():
-                if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
-                    path.unlink(missing_ok=True)
+                # Another store in this directory may put it in its place just now.
+                with suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
+                        path.unlink()
 
     def put_chunk(self, data: bytes | memoryview, digest: bytes | None = None) -> bytes:
         """Keep a chunk and return its hash; `digest` is that hash where the caller has just computed it.

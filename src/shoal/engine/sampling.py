@@ -109,5 +109,6 @@ def truncate(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
         ordered, order = torch.sort(logits_V, descending=True)
         probabilities = torch.softmax(ordered, dim=-1)
         before = torch.cumsum(probabilities, dim=-1) - probabilities
-        logits_V[order[before >= top_p]] = float("-inf")
+        # The likeliest stays, also where `top_p` is too small for fp32.
+        logits_V[order[1:][before[1:] >= top_p]] = float("-inf")
     return logits_V
