@@ -325,17 +325,17 @@ class Gossip:
             if 4 * len(returned) < len(present):
                 continue  # A few came back: they tell themselves, and the regular exchanges do for the rest.
             if 4 * len(returned) >= 3 * len(present):
-                await (
-                    self._tell_again()
-                )  # It was nearly alone. In a more even split one exchange brings all at less cost.
+                # It was nearly alone. In a more even split one exchange brings all at less cost.
+                await self._tell_again()
             first = sorted(returned & present)
             num_quiet = 0
             for others in (first, *([None] * (HEAL_ROUNDS - 1))):
                 revision = self.roster.revision
-                for node_id in self._choose(1, others):
-                    await self.sync_with(node_id, deep=others is first)
+                chosen = self._choose(1, others)
+                # No answer: the network may be cut again, and who waits on has no ear for its next mending.
+                answered = [await self.sync_with(node_id, deep=others is first) for node_id in chosen]
                 num_quiet = num_quiet + 1 if self.roster.revision == revision else 0
-                if num_quiet == QUIET_ROUNDS:
+                if num_quiet == QUIET_ROUNDS or not all(answered):
                     break
                 await asyncio.sleep(self._pace.heal_s * self._random.uniform(0.5, 1.5))
 
