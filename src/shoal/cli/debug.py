@@ -1,4 +1,4 @@
-"""`shoal debug dump`: what every node of a run does at this very moment, in one file."""
+"""`shoal debug`: what every node of a run does at this very moment, and whether the run kept its promises."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shoal.cli.reach import Reached, Target
     from shoal.protocol.status import NodeView
 
-app = App(name="debug", help="Find out where a run hangs.")
+app = App(name="debug", help="Find out where a run hangs, and whether it kept its promises.")
 
 ASKED_AT_ONCE = 8
 MAX_THREADS = 200
@@ -65,6 +65,41 @@ def dump(run: str = "", /, *, node: str = "", output: Path | None = None, json: 
         words = "answered" if row["answered"] else f"silent for {row['silent_s']:.0f} s: {row['why']}"
         console().print(f"{row['name']}: {words}", markup=False, soft_wrap=True)
     console().print(f"written to {path}", markup=False, soft_wrap=True)
+
+
+@app.command
+def audit(run: str = "", /, *, json: Json = False) -> int:
+    """Check a run's folder: nothing accepted is lost, nothing was trained twice, nothing staler than S.
+
+    Works on runs that are over, were killed, or go on.
+
+    For example:
+
+        shoal debug audit
+        shoal debug audit runs/arithmetic-20260101-120000 --json
+
+    Args:
+        run: A run's folder or name; by default the newest run.
+    """
+    from dataclasses import asdict
+
+    from shoal.cli.reach import find_target
+    from shoal.config.load import load_config
+    from shoal.coordinator.audit import audit as judge
+
+    target = find_target(run)
+    if target.folder is None:
+        raise RunError("a ticket does not lead to a run's folder.", "Audit a run where it was started.")
+    found = judge(target.folder, max_staleness=load_config(target.folder / "config.toml").learner.max_staleness)
+    if json:
+        print_json({**asdict(found), "good": found.good})
+    else:
+        for name, value in asdict(found).items():
+            if name != "problems":
+                console().print(f"{name:20} {value}", markup=False)
+        for problem in found.problems:
+            console().print(problem, markup=False, soft_wrap=True)
+    return 0 if found.good else 1
 
 
 async def _collect(target: Target, only: str) -> tuple[str, list[dict[str, Any]]]:

@@ -18,7 +18,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -233,8 +233,11 @@ class Worker:
     async def _submit_until_answered(self, submission: Submission) -> None:
         while True:
             try:
-                await self._link.submit(submission)
+                reply = await self._link.submit(submission)
                 self._patience.answered()
+                told = Counter(reply.verdicts.values())
+                group = submission.episodes[0].group if submission.episodes else "of nothing"
+                log.info("group %s: %s", group, ", ".join(f"{n} {what}" for what, n in told.items()))
                 self.num_submitted += len(submission.episodes)
                 return
             except RemoteError as error:
