@@ -57,7 +57,7 @@ async def test_a_stopped_source_is_named_with_chunk_version_and_deadline(tmp_pat
             assert wait.what.endswith("of version 2")
             assert in_words(wait, "learner").startswith(f"{wait.what} from learner, {wait.seconds:.0f} s, deadline ")
             process.send_signal(signal.SIGCONT)
-            # An answer lost with the connection is asked for again when its time is over, up to a minute later.
+            # An answer lost with the connection is asked for again.
             snapshot = await asyncio.wait_for(fetching, 150)
             assert bytes(snapshot.tensors["w"].data) == random.Random(2).randbytes(30_000_001)
             assert chunk_waits() == []

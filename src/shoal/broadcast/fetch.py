@@ -30,6 +30,7 @@ from shoal.broadcast.gather import Gathering
 from shoal.broadcast.image import Image
 from shoal.broadcast.peers import peers_of, source_only
 from shoal.broadcast.publisher import LATEST, MAX_CHAIN_BYTES, NOTHING, ChunkGone
+from shoal.broadcast.reasking import AskTime
 from shoal.broadcast.relay import Relay
 from shoal.broadcast.store import Store
 from shoal.broadcast.tensors import TensorView
@@ -297,12 +298,16 @@ class Fetcher:
         for number, (digest, size) in enumerate(missing.items(), start=1):
             todo.put_nowait((number, digest, size))
         total, done = sum(missing.values()), 0
+        clock = asyncio.get_running_loop().time
+        ask_time = AskTime(CHUNKS_IN_FLIGHT, MIN_BYTES_PER_S, clock())
 
         async def work() -> None:
             nonlocal done
             while not todo.empty():
                 number, digest, size = todo.get_nowait()
-                await self._fetch_chunk(f"chunk {number} of {len(missing)} of version {version}", digest, size)
+                what = f"chunk {number} of {len(missing)} of version {version}"
+                await self._fetch_chunk(what, digest, size, ask_time)
+                ask_time.arrived(size, clock())
                 done += size
                 if on_progress is not None:
                     on_progress(Progress(version, done, total))
@@ -314,14 +319,14 @@ class Fetcher:
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def _fetch_chunk(self, what: str, digest: bytes, size: int) -> None:
+    async def _fetch_chunk(self, what: str, digest: bytes, size: int, ask_time: AskTime) -> None:
         # All chunks in flight share the link, so each may take as long as all of them together.
         patience_s = PATIENCE_S + CHUNKS_IN_FLIGHT * size / MIN_BYTES_PER_S
         deadline = asyncio.get_running_loop().time() + patience_s
         with waiting(what, whom=self._sources[0], deadline_s=patience_s, is_detail=True) as wait:
-            await self._take_from_any(wait, digest, size, deadline)
+            await self._take_from_any(wait, digest, size, deadline, ask_time)
 
-    async def _take_from_any(self, wait: waiting, digest: bytes, size: int, deadline: float) -> None:
+    async def _take_from_any(self, wait: waiting, digest: bytes, size: int, deadline: float, ask_time: AskTime) -> None:
         loop = asyncio.get_running_loop()
         failure: RecordError | NetworkError = NetworkError("no source is left.")
         while (remaining := deadline - loop.time()) > 0:
@@ -329,8 +334,10 @@ class Fetcher:
             num_gone = 0
             for source in sources:
                 wait.whom = source
+                patience_s = min(max(1.0, remaining / len(sources)), ask_time.seconds(size))
+                asked_at = loop.time()
                 try:
-                    await self._take(source, digest, size, max(1.0, remaining / len(sources)))
+                    await self._take(source, digest, size, patience_s)
                     return
                 except RecordError as error:
                     self.blame[node_id_of(source)] += 1
@@ -341,6 +348,8 @@ class Fetcher:
                     failure = error
                 except NetworkError as error:
                     failure = error
+                    if loop.time() - asked_at >= patience_s:
+                        ask_time.late(size, loop.time())
             if not sources:
                 raise RecordError(
                     "every source sent bytes that are not on the signed chain.", "Ask for a fresh ticket."

@@ -1,4 +1,4 @@
-"""Direct connections between nodes, over which chunks go: frames, who is at the other end, encryption.
+"""Direct connections between nodes, over which chunks and a pipeline's steps go: frames, who is there, encryption.
 
     dialler ──▶ listener      the listener proves its key by TLS (on loopback there is none, as in `fabric`),
                               the dialler by signing the listener's nonce and key
@@ -68,6 +68,8 @@ class Kind(IntEnum):
     """A chunk's hash and bytes."""
     ALIVE = 4
     """Nothing to send at the moment."""
+    PIECE = 5
+    """A frame of a pipeline's step (`protocol.stage`)."""
 
 
 MAX_BYTES = {
@@ -75,6 +77,7 @@ MAX_BYTES = {
     Kind.DROP: MAX_DIGESTS * HASH_BYTES,
     Kind.CHUNK: HASH_BYTES + MAX_CHUNK_BYTES,
     Kind.ALIVE: 0,
+    Kind.PIECE: PIECE_BYTES,
 }
 
 
