@@ -1,11 +1,17 @@
-"""Serving on one machine: exactness against transformers, speed beside it, and many streams whose clients leave.
+"""Serving: exactness against transformers, speed beside it, many streams whose clients leave; over stages as well.
 
 Parity: greedy fp32 completions of many prompts, drawn together, are teacher-forced through transformers; a token that
 is not its likeliest is a divergence, whose margin is how much likelier (in logits) the likeliest was. Near-ties below
 1e-3 are what the order of sums may flip. Speed: as in `shoal bench engine`, bf16, rounds alternate. Streams: a real
 server process; clients ask greedily, half of them leave early; every text must be the beginning of what transformers
-generates, up to a near-tie. Each part can be chosen; what was not run is not in the headline. A signed receipt of what
-was served is written beside the rows.
+generates, up to a near-tie.
+
+Over stages (`_stages`): parity again with 2, 3 and 5; pipeline: three stages that take turns, beside one process, by
+the time between tokens; delays: 30 ms on every link between machines (needs root), the time of a token beside the
+model t0 + N t1, and 16 streams beside one; failover: a stage is killed (-9) in the middle of each of 20 requests.
+
+Each part can be chosen; what was not run is not in the headline. A signed receipt of what was served is written beside
+the rows.
 
     shoal bench serving
     shoal bench serving -- --parts parity streams --streams-s 600
@@ -36,6 +42,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+import _stages
 from engine import make_loads, run_engine, run_transformers
 from shoal.engine.local import LocalEngine
 from shoal.engine.source import LocalModel, resolve, weight_files
@@ -43,13 +50,13 @@ from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import RunError
 from shoal.fabric.identity import Identity
 from shoal.protocol.chat import Message
-from shoal.protocol.sampling import Completion, SampleRequest, SamplingParams
+from shoal.protocol.sampling import Completion
 from shoal.rollout.host import model_cache
 from shoal.serving import receipt
 
 from _common import benchmark, emit
 
-PARTS = ("parity", "speed", "streams")
+PARTS = ("parity", "speed", "streams", "pipeline", "delays", "failover")
 NEAR_TIE = 1e-3
 SEQUENCES = 32
 START_S = 120.0
@@ -81,6 +88,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--streams-s", type=float, default=60.0)
+    parser.add_argument("--stages", nargs="*", type=int, default=[0, 2, 3, 5], help="of the parity; 0: one process")
+    parser.add_argument("--trials", type=int, default=20, help="stages killed in the part failover")
     parser.add_argument("--receipt", type=Path, help="where the signed receipt goes")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -88,7 +97,9 @@ def main() -> None:
     local = resolve(options.model, model_cache(), lambda line: print(line, file=sys.stderr))
     rows: list[dict[str, Any]] = []
     headline: dict[str, float] = {}
-    for part, run in (("parity", parity), ("speed", speed), ("streams", streams)):
+    every = {"parity": parity, "speed": speed, "streams": streams}
+    every |= {"pipeline": pipeline, "delays": delays, "failover": failover}
+    for part, run in every.items():
         if part in options.parts:
             print(f"{part} …", file=sys.stderr)
             found, numbers = run(local, options)
@@ -127,7 +138,7 @@ def parity(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[st
             *((k, tiny(Path(folder) / k, k, local), 20) for k in ("llama", "qwen3")),
         ]
         for name, model, count in models:
-            rows.append(parity_of(name, model, count, options))
+            rows += [parity_of(name, model, count, stages, options) for stages in options.stages]
     return rows, {"worst_divergence_margin": max(row["worst_margin"] for row in rows)}
 
 
@@ -139,7 +150,7 @@ def tiny(folder: Path, kind: str, local: LocalModel) -> LocalModel:
         vocab_size=local.config().vocab_size,
         hidden_size=64,
         intermediate_size=160,
-        num_hidden_layers=3,
+        num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
@@ -152,18 +163,19 @@ def tiny(folder: Path, kind: str, local: LocalModel) -> LocalModel:
     return LocalModel(kind, folder)
 
 
-def parity_of(name: str, model: LocalModel, count: int, options: argparse.Namespace) -> dict[str, Any]:
-    engine = LocalEngine(
-        model, dtype="fp32", device="cpu", threads=options.threads, max_sequences=SEQUENCES, prefix_tokens=4096,
-        prefill_tokens=512,
-    )  # fmt: skip
-    prompts = [tuple(engine.tokenizer.prompt([Message("user", q)])) for q in questions(count)]
+def parity_of(name: str, model: LocalModel, count: int, stages: int, options: argparse.Namespace) -> dict[str, Any]:
+    tokenizer = Tokenizer(model.directory)
+    prompts = [tuple(tokenizer.prompt([Message("user", q)])) for q in questions(count)]
 
     async def draw() -> list[Completion]:
-        params = SamplingParams(max_tokens=options.tokens, temperature=0.0)
-        done = await asyncio.gather(*(engine.sample(SampleRequest(p, params)) for p in prompts))
-        await engine.close()
-        return done
+        if stages:
+            async with _stages.over(model, stages, options.threads, "fp32") as served:
+                return await _stages.draw(served.engine, prompts, options.tokens)
+        async with LocalEngine(
+            model, dtype="fp32", device="cpu", threads=options.threads, max_sequences=SEQUENCES, prefix_tokens=4096,
+            prefill_tokens=512,
+        ) as engine:  # fmt: skip
+            return await _stages.draw(engine, prompts, options.tokens)
 
     done = asyncio.run(draw())
     peer = AutoModelForCausalLM.from_pretrained(str(model.directory), dtype=torch.float32).eval()
@@ -171,6 +183,7 @@ def parity_of(name: str, model: LocalModel, count: int, options: argparse.Namesp
     return {
         "part": "parity",
         "model": name,
+        "stages": stages,
         "prompts": count,
         "tokens": sum(len(c.token_ids) for c in done),
         "divergences": sum(margin > 0 for margin in margins),
@@ -211,6 +224,47 @@ def speed(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str
         headline[key] = statistics.median(t / o for o, t in zip(ours, theirs, strict=True))
     asyncio.run(engine.close())
     return rows, headline
+
+
+def pipeline(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Three stages beside one process."""
+    asked = questions(SEQUENCES)
+    return asyncio.run(
+        _stages.beside_local(local, asked, threads=options.threads, rounds=options.rounds, tokens=options.tokens // 2)
+    )
+
+
+def delays(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Three stages, three links of 30 ms."""
+    found = asyncio.run(_stages.delayed(local, questions(16), threads=options.threads, tokens=options.tokens // 2))
+    model_s = found["alone_s"] + _stages.HOPS * _stages.LINK_S
+    headline = {
+        "token_time_over_model": found["one_s"] / model_s,
+        "inflight16_over_one": 16 * found["one_s"] / found["sixteen_s"],
+    }
+    return [{"part": "delays", "model_s": model_s, **found}], headline
+
+
+def failover(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Stages killed in the middle; the tokens are teacher-forced through transformers."""
+    rows, pairs = asyncio.run(
+        _stages.failing(
+            local, questions(10), threads=options.threads, trials=options.trials, tokens=options.tokens // 2
+        )
+    )
+    peer = AutoModelForCausalLM.from_pretrained(str(local.directory), dtype=torch.float32).eval()
+    right = 0
+    for row, (prompt, calm, found) in zip(rows, pairs, strict=True):
+        row["worst_margin"] = max(divergences(peer, prompt, found.token_ids))
+        same_length = len(found.token_ids) == len(calm.token_ids) or row["worst_margin"] > 0
+        right += found.finish in ("stop", "length") and same_length and row["worst_margin"] < NEAR_TIE
+    pauses = [row["pause_s"] for row in rows]
+    return rows, {
+        "failover_right": float(right),
+        "failover_trials": float(len(rows)),
+        "failover_p50_s": statistics.median(pauses),
+        "failover_worst_s": max(pauses),
+    }
 
 
 def streams(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:

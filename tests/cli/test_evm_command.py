@@ -1,4 +1,4 @@
-"""`shoal evm`: what there is, one quest, a new task, its test, and a model's score."""
+"""`shoal evm`: what there is, one quest, a new task, and its test."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 
 from shoal.cli.app import main
-from shoal.cli.evm import summarise
-from shoal.protocol.episode import Episode, Task
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
@@ -65,30 +63,3 @@ def test_an_existing_file_is_kept(capsys: pytest.CaptureFixture[str], tmp_path: 
     file.write_text("# mine")
     assert "exists" in run(capsys, "new", "a_task", "--file", str(file), code=2)["error"]["problem"]
     assert file.read_text() == "# mine"
-
-
-def episode(task: str, strict: float, paper: float) -> Episode:
-    return Episode(
-        id=task,
-        group="evm",
-        index=0,
-        task=Task(env="evm", id=f"{task}/1", seed=1),
-        turns=(),
-        outcome="done",
-        reward=strict,
-        reward_parts={"strict": strict, "paper": paper},
-    )
-
-
-def test_scores_are_summed_by_group_and_split() -> None:
-    episodes = [episode("bnb_transfer_basic", 1, 1), episode("wbnb_deposit", 0.5, 0.5)]
-    episodes += [episode("composite_wrap_unwrap_cycle", 0, 1)]
-    found = summarise(episodes, rounds=1, full=100)
-    assert (found["total_strict"], found["total_paper"], found["maximum"]) == (150, 250, 300)
-    assert found["groups"]["native"] == {"episodes": 2, "strict": 75, "paper": 75}
-    assert found["groups"]["composite"]["paper"] == 100
-    assert found["interval"][0] < found["mean_strict"] == 50 < found["interval"][1]
-
-
-def test_nothing_played_is_no_score() -> None:
-    assert summarise([], rounds=1, full=100)["mean_strict"] == 0

@@ -43,9 +43,9 @@ def watch_forward(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> list[tup
     seen: list[tuple[int, int]] = []
     forward = batcher.model.forward
 
-    def watched(ids: Tensor, start: Tensor, cache: KVCache, first_slot: int = 0) -> Tensor:
+    def watched(ids: Tensor, start: Tensor, cache: KVCache, first_slot: int = 0, at: Tensor | None = None) -> Tensor:
         seen.append((ids.shape[0], ids.shape[1]))
-        return forward(ids, start, cache, first_slot)
+        return forward(ids, start, cache, first_slot, at)
 
     monkeypatch.setattr(batcher.model, "forward", watched)
     return seen

@@ -46,9 +46,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "logs": ("run", "Show what a node of a run logged."),
     "doctor": ("run", "Check this machine, and the way to a run."),
     "debug": ("app", "Find out where a run hangs."),
-    "eval": ("run", "Measure a model on held-out questions."),
+    "sft": ("run", "Fine-tune a model on examples: conversations, or a run's best episodes."),
+    "eval": ("app", "Measure a model on held-out questions, or on quests."),
     "serve": ("run", "Serve a model over HTTP, as OpenAI's API does."),
     "chat": ("run", "Talk to a model."),
+    "agent": ("run", "Do a task by calling tools, or serve such runs."),
+    "tools": ("app", "Serve tools over MCP, and look at those of an mcp.json."),
+    "memory": ("app", "See what is remembered, check why, and take it back."),
     "evm": ("app", "Try, test and measure quests on an EVM chain."),
     "config": ("app", "Check a configuration, or list those that come with Shoal."),
     "plan": ("run", "Say how many workers a run needs, for which staleness bound, and what it costs."),
@@ -72,7 +76,7 @@ Every command takes --help, --json (one JSON object on standard output) and --de
 
 
 def build_app(command: str | None = None) -> App:
-    """The application. `command` is the one about to be called: its help is its own docstring, not its summary."""
+    """The application. `command` is the one about to be called: its help is its own, not its summary."""
     app = App(
         name="shoal",
         help="Post-train one open model on many machines, and serve it there.",
@@ -85,7 +89,7 @@ def build_app(command: str | None = None) -> App:
         suppress_keyboard_interrupt=False,
     )
     for order, (name, (attribute, summary)) in enumerate(COMMANDS.items()):
-        own_help = name == command and attribute == "run"
+        own_help = name == command
         app.command(f"shoal.cli.{name}:{attribute}", name=name, help=None if own_help else summary, sort_key=order)
     for name in INTERNAL:
         app.command(f"shoal.cli.{name}:run", name=name, show=False)

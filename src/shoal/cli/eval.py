@@ -1,10 +1,13 @@
-"""`shoal eval`: measure a model on held-out questions of an environment."""
+"""`shoal eval`: measure a model on held-out questions of an environment, or (`shoal eval evm`) on quests."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
+from cyclopts import App
+
+from shoal.cli import eval_evm
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Json
 
@@ -12,6 +15,11 @@ QUESTIONS_AT_ONCE = 256
 """Episodes in flight; the engine batches as many as its slots take."""
 
 
+app = App(name="eval")
+app.command(eval_evm.run, name="evm")
+
+
+@app.default
 def run(
     model: str = "embedded",
     /,

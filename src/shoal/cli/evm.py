@@ -1,21 +1,21 @@
-"""`shoal evm`: quests on an EVM chain: list them, look at one, test them, measure a model (docs/evm.md)."""
+"""`shoal evm`: quests on an EVM chain: list them, look at one, test them (docs/evm.md). `shoal eval evm` measures."""
 
 from __future__ import annotations
 
-import asyncio
-from collections import defaultdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from cyclopts import App
 
-from shoal.cli.output import console, note, print_json
-from shoal.cli.parameters import Flag, Json
-from shoal.errors import ConfigError, TaskError
+from shoal.cli.eval_evm import chosen, known
+from shoal.cli.output import console, print_json
+from shoal.cli.parameters import Json
+from shoal.errors import ConfigError
 
-app = App(name="evm", help="Quests on an EVM chain: list, try and test them, and measure a model on them.")
+if TYPE_CHECKING:
+    from shoal.envs.evm.definition import Definition
 
-EPISODES_AT_ONCE = 64
+app = App(name="evm", help="Quests on an EVM chain: list, try and test them; shoal eval evm measures a model on them.")
 
 NEW_TASK = """\
 [[task]]
@@ -176,134 +176,5 @@ def selftest(
     return 0 if found.good else 1
 
 
-@app.command(name="eval")
-def eval_(
-    model: str = "embedded",
-    /,
-    *tasks: str,
-    rounds: int = 1,
-    max_tokens: int = 256,
-    context_tokens: int = 4096,
-    temperature: float = 0.0,
-    seed: int = 0,
-    official: Path | None = None,
-    brief: Flag = False,
-    threads: int = 1,
-    device: str = "auto",
-    json: Json = False,
-) -> None:
-    """Measure a model on the quests with typed actions, by group, with both scorings.
-
-    For example:
-
-        shoal evm eval embedded --rounds 3 --json
-        shoal evm eval runs/NAME/model bnb_transfer_basic --brief
-
-    Args:
-        model: embedded, a directory, a .gguf file or a hub name.
-        tasks: Ids; all 107 if none is given.
-        rounds: Instances a task; the interval is over them all.
-        max_tokens: Longest action.
-        context_tokens: Longest episode.
-        temperature: 0 is greedy.
-        seed: Of the sampling, where temperature is above 0.
-        official: The benchmark's folder of JSON files, for its own wording.
-        brief: A short prompt, for small models on payments.
-        threads: CPU threads.
-        device: auto, cpu, cuda or cuda:N.
-    """
-    settings: dict[str, Any] = {"tasks": tasks, "prompt": "brief" if brief else "full"}
-    if official is not None:
-        settings["official"] = str(official)
-    sampling = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    engine = {"device": device, "threads": threads, "context_tokens": context_tokens}
-    result = asyncio.run(_evaluate(model, settings, rounds, sampling, engine))
-    if json:
-        print_json(result)
-        return
-    out = console()
-    for name, row in result["groups"].items():
-        out.print(f"{name:12} {row['strict']:6.1f} strict {row['paper']:6.1f} paper  ({row['episodes']})", markup=False)
-    low, high = result["interval"]
-    out.print(
-        f"total {result['total_strict']:.0f} strict, {result['total_paper']:.0f} paper, of {result['maximum']}; "
-        f"mean {result['mean_strict']:.1f} (95 % interval {low:.1f} to {high:.1f}); {result['void']} void",
-        markup=False,
-    )
-
-
-def _definitions(file: Path | None, wanted: tuple[str, ...]) -> list[Any]:
-    from shoal.envs.evm.definition import load_tasks, shipped_tasks
-
-    if file is not None and not file.is_file():
-        raise TaskError(f"there is no file {file}.", "Make one with shoal evm new.")
-    known = load_tasks(file) if file is not None else shipped_tasks()
-    missing = [name for name in wanted if name not in known]
-    if missing:
-        raise TaskError(f"there is no task {missing[0]!r}.", "See shoal evm tasks.")
-    return [known[name] for name in wanted] if wanted else list(known.values())
-
-
-async def _evaluate(
-    name: str, settings: dict[str, Any], rounds: int, sampling: dict[str, Any], engine_options: dict[str, Any]
-) -> dict[str, Any]:
-    from shoal.engine.local import LocalEngine
-    from shoal.engine.source import resolve
-    from shoal.envs.base import stable_int
-    from shoal.envs.evm.definition import FULL_POINTS, shipped_tasks
-    from shoal.envs.registry import make
-    from shoal.protocol.sampling import SamplingParams
-    from shoal.rollout.episode import EpisodeSpec, run_episode
-    from shoal.rollout.host import model_cache
-
-    env = make("evm", settings)
-    count = (len(settings["tasks"]) or len(shipped_tasks())) * rounds
-    asked = [env.task("heldout", index, 0) for index in range(count)]
-    model = await asyncio.to_thread(resolve, name, model_cache(), note)
-    gate = asyncio.Semaphore(EPISODES_AT_ONCE)
-    async with LocalEngine(model, **engine_options) as engine:
-
-        async def play(index: int) -> Any:
-            params = SamplingParams(**{**sampling, "seed": stable_int("eval", sampling["seed"], index)})
-            spec = EpisodeSpec(id=f"evm/{index}", group="evm", index=index, task=asked[index], params=params)
-            context = engine_options["context_tokens"]
-            async with gate:
-                return await run_episode(spec, engine, engine.tokenizer, env.fresh(), context_tokens=context)
-
-        episodes = await asyncio.gather(*(play(index) for index in range(count)))
-    done = [episode for episode in episodes if episode.outcome == "done"]
-    return {"model": name, "rounds": rounds, "void": count - len(done), **summarise(done, rounds, FULL_POINTS)}
-
-
-def summarise(episodes: list[Any], rounds: int, full: int) -> dict[str, Any]:
-    """Totals, groups and an interval from the parts of finished episodes; one that did not end earned nothing."""
-    from shoal.envs.evm.definition import shipped_tasks
-
-    groups: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for episode in episodes:
-        parts = episode.reward_parts
-        mark = (full * parts.get("strict", 0.0), full * parts.get("paper", 0.0))
-        definition = shipped_tasks()[episode.task.id.partition("/")[0]]
-        groups[definition.group].append(mark)
-        groups["composite" if definition.composite else "atomic"].append(mark)
-    marks = groups["atomic"] + groups["composite"]
-    mean = sum(s for s, _ in marks) / max(1, len(marks))
-    spread = (sum((s - mean) ** 2 for s, _ in marks) / max(1, len(marks) - 1)) ** 0.5
-    half = 1.96 * spread / max(1, len(marks)) ** 0.5
-    return {
-        "episodes": len(marks),
-        "total_strict": sum(s for s, _ in marks) / rounds,
-        "total_paper": sum(p for _, p in marks) / rounds,
-        "maximum": full * len(marks) // rounds,
-        "mean_strict": mean,
-        "interval": [max(0.0, mean - half), min(float(full), mean + half)],
-        "groups": {
-            name: {
-                "episodes": len(rows),
-                "strict": sum(s for s, _ in rows) / len(rows),
-                "paper": sum(p for _, p in rows) / len(rows),
-            }
-            for name, rows in groups.items()
-            if rows
-        },
-    }
+def _definitions(file: Path | None, wanted: tuple[str, ...]) -> list[Definition]:
+    return chosen(known(str(file or "")), tasks=wanted)

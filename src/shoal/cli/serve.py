@@ -29,6 +29,10 @@ def run(
     dtype: str | None = None,
     context_tokens: int | None = None,
     max_sequences: int | None = None,
+    stages: int | None = None,
+    local_stages: int | None = None,
+    in_flight: int | None = None,
+    stage_host: str | None = None,
     name: str | None = None,
     api_key: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     keys: Path | None = None,
@@ -45,6 +49,7 @@ def run(
         shoal serve runs/NAME --port 8080
         shoal serve --new-key alice
         shoal serve --host 0.0.0.0
+        shoal serve --stages 3 --local-stages 1 --stage-host 0.0.0.0
 
     Args:
         model: A run's folder, embedded, a directory, a .gguf file or a hub name.
@@ -55,6 +60,10 @@ def run(
         dtype: bf16 or fp32.
         context_tokens: Longest sequence, prompt and completion together.
         max_sequences: Completions drawn at once.
+        stages: Share the layers among so many processes; 0: this one has them all.
+        local_stages: How many of them to start here; the others join with `shoal worker TICKET --stage`.
+        in_flight: Batches under way at once over the stages; 0: as many as there are stages.
+        stage_host: Address on which stages join.
         name: What clients call the model; by default as it was given here.
         api_key: A key that is let in, for trying things out: others on this machine can read it in the list of
             processes. May be given several times; SHOAL_API_KEYS takes some too, separated by commas.
@@ -75,6 +84,7 @@ def run(
         return
     asked = {"host": host, "port": port, "threads": threads, "device": device, "dtype": dtype}
     asked |= {"context_tokens": context_tokens, "max_sequences": max_sequences}
+    asked |= {"stages": stages, "local_stages": local_stages, "in_flight": in_flight, "stage_host": stage_host}
     found, settings = _settings(model, {key: value for key, value in asked.items() if value is not None})
     admitted = _keys(path, api_key, settings)
     asyncio.run(_serve(found, name or model, settings, admitted, json))
@@ -120,32 +130,45 @@ def _keys(path: Path, given: tuple[str, ...], settings: Serving) -> Keys:
 
 
 async def _serve(model: str, name: str, settings: Serving, keys: Keys, as_json: bool) -> None:
+    from contextlib import AsyncExitStack
+
     from shoal.engine.local import LocalEngine
     from shoal.engine.source import resolve
     from shoal.rollout.host import model_cache
     from shoal.serving.api import Api
+    from shoal.serving.pipeline import serving_over
     from shoal.serving.server import serve
 
     found = await asyncio.to_thread(resolve, model, model_cache(), note)
-    engine = LocalEngine(
-        found,
-        dtype=settings.dtype,
-        device=settings.device,
-        threads=settings.threads,
-        max_sequences=settings.max_sequences,
-        cache_tokens=settings.cache_tokens,
-        context_tokens=settings.context_tokens,
-        prefill_tokens=settings.prefill_tokens,
-        prefix_tokens=settings.prefix_tokens,
-    )
-
-    def announce(port: int) -> None:
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        url = f"http://{host}:{port}/v1"
-        if as_json:
-            print_json({"url": url, "model": name, "port": port})
+    async with AsyncExitStack() as stack:
+        ticket = ""
+        if settings.stages:
+            over = await stack.enter_async_context(serving_over(found, name, settings))
+            api, ticket = Api(over.engine, name, settings), over.ticket
         else:
+            engine = LocalEngine(
+                found,
+                dtype=settings.dtype,
+                device=settings.device,
+                threads=settings.threads,
+                max_sequences=settings.max_sequences,
+                cache_tokens=settings.cache_tokens,
+                context_tokens=settings.context_tokens,
+                prefill_tokens=settings.prefill_tokens,
+                prefix_tokens=settings.prefix_tokens,
+            )
+            api = Api(engine, name, settings)
+
+        def announce(port: int) -> None:
+            host = f"[{settings.host}]" if ":" in settings.host else settings.host
+            url = f"http://{host}:{port}/v1"
+            if as_json:
+                print_json({"url": url, "model": name, "port": port, **({"ticket": ticket} if ticket else {})})
+                return
             lock = f"{len(keys.names)} keys are let in" if keys.names else "no key is asked for"
             note(f"serving {name} at {url}; {lock}; Ctrl-C ends")
+            if ticket:
+                note("stages join with shoal worker TICKET --stage; shoal status TICKET shows them; the ticket:")
+                console().print(ticket, soft_wrap=True, markup=False)
 
-    await serve(Api(engine, name, settings), keys, settings, announce)
+        await serve(api, keys, settings, announce)

@@ -113,6 +113,8 @@ def picture(status: RunStatus) -> RenderableType:
         f"run {status.run}, {status.mode}: step {status.step} of {status.steps}, newest version {status.published}, "
         f"staleness at most {status.most_stale} of {status.max_staleness}, {_money(status.usd_per_hour)}"
     )
+    if status.mode == "serving":
+        title = status.run
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for column in ("node", "role", "state", "version", "tokens/s", "$/h", "holds", "does"):
         table.add_column(column, overflow="fold")

@@ -1,4 +1,4 @@
-"""`shoal worker`: join a run from anywhere with its ticket, and sample rollouts for it."""
+"""`shoal worker`: join a run from anywhere with its ticket, and sample rollouts for it or compute a model's layers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shoal.cli.output import note, print_json
-from shoal.cli.parameters import Json
+from shoal.cli.parameters import Flag, Json
 from shoal.errors import TicketError
+
+CONNECT_S = 30.0
+"""How long a stage tries to reach its server."""
 
 MAX_TICKET_BYTES = 2**16
 """Read of a ticket file; a ticket is far shorter."""
@@ -32,14 +35,21 @@ def run(
     local_store: Path | None = None,
     relay: str = "",
     engine: Literal["local"] = "local",
+    stage: Flag = False,
+    stage_host: str = "127.0.0.1",
+    max_layers: int = 0,
+    local_model: Path | None = None,
     json: Json = False,
 ) -> None:
     """Join a run with its ticket and sample rollouts for it until the run ends.
+
+    With --stage: join a server (`shoal serve --stages`) and compute some of its model's layers until it ends.
 
     For example:
 
         shoal worker shoal1AbC...
         shoal worker ticket.txt --threads 4 --name attic
+        shoal worker shoal1AbC... --stage --stage-host 0.0.0.0
 
     Args:
         ticket: The line that `shoal train` printed, or a file that holds it.
@@ -56,12 +66,21 @@ def run(
         relay: Address of this machine on which other workers may take new weights from it, as 0.0.0.0; then it takes
             them from others as well.
         engine: What samples.
+        stage: Compute layers for a server instead of sampling for a run.
+        stage_host: Address of this machine on which the stage before links to this one.
+        max_layers: Most layers to take; 0: as many as fit the memory that is free.
+        local_model: The served checkpoint, if it lies on this machine; else layers come from the server.
     """
     from shoal.coordinator.processes import die_with_parent
 
     die_with_parent()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if stage:
+        given: dict[str, Any] = {"name": name, "threads": threads, "device": device, "host": stage_host}
+        given |= {"max_layers": max_layers, "local_model": local_model}
+        asyncio.run(_compute(read_ticket(ticket), identity, given))
+        return
     result = asyncio.run(
         _work(
             read_ticket(ticket),
@@ -82,6 +101,27 @@ def run(
     )
     if json:
         print_json(result)
+
+
+async def _compute(ticket_text: str, identity_folder: Path | None, given: dict[str, Any]) -> None:
+    """Be a stage until told to end."""
+    from shoal.fabric.fabric import Fabric
+    from shoal.fabric.ticket import Ticket
+
+    ticket = Ticket.decode(ticket_text)
+    from shoal.rollout.host import worker_identity
+    from shoal.serving.stage_host import StageOptions, serve_stage
+
+    with worker_identity(identity_folder) as identity:
+        async with await Fabric.connect(identity, ticket, CONNECT_S) as fabric:
+            serving = asyncio.ensure_future(serve_stage(fabric, ticket, StageOptions(**given), note))
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, serving.cancel)
+            try:
+                await serving
+            except asyncio.CancelledError:
+                note(f"left {ticket.run}")
 
 
 def read_ticket(text: str) -> str:

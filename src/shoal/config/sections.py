@@ -228,6 +228,17 @@ class Serving(Section):
     """Longest time that one request may take, its wait included."""
     drain_s: float = Field(default=30.0, ge=0)
     """How long requests may still run once the server has been told to end."""
+    stages: int = Field(default=0, ge=0, le=64)
+    """Processes that share the model's layers; 0: this one has them all."""
+    local_stages: int | None = Field(default=None, ge=0, le=64)
+    """How many of them are started here; the others join with the ticket. Absent: all."""
+    in_flight: int = Field(default=0, ge=0, le=64)
+    """Batches under way at once over the stages, each with its share of `max_sequences` and `cache_tokens`; 0: as many
+    as there are stages."""
+    stage_host: str = Field(default="127.0.0.1", min_length=1)
+    """Address on which stages join and link; beyond loopback all of it is TLS."""
+    stage_patience_s: float = Field(default=30.0, gt=0)
+    """How long requests wait when there are too few stages; then they are answered 503."""
 
 
 class Output(Section):

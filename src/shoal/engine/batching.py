@@ -28,9 +28,10 @@ from shoal.engine.prefill import Wave, compute
 from shoal.engine.prefix import PrefixStore, shared
 from shoal.engine.sampling import likeliest, sample
 from shoal.engine.sequence import Drawn, Sequence
+from shoal.engine.shaping import Shaper
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import CapacityError
-from shoal.protocol.sampling import Completion, FinishReason, SampleRequest
+from shoal.protocol.sampling import Completion, FinishReason, SampleRequest, SamplingParams
 
 PREFILL_TOKENS = 8192
 """Padded prompt tokens admitted together and computed in one step, unless the engine is told otherwise: for rollouts,
@@ -277,12 +278,9 @@ class Batcher:
     def _draw(self, members: list[Sequence], logits: Tensor) -> None:
         """Sample, record, and let finished sequences leave."""
         params = [s.request.params for s in members]
-        if any(s.shaper is not None for s in members):
-            logits = logits.float()
-            for row, sequence in enumerate(members):
-                if sequence.shaper is not None:
-                    sequence.shaper.apply(logits[row])
-        tokens, logprobs = sample(logits, params, [s.uniform() for s in members])
+        shapers = [s.shaper for s in members]
+        shaped = shapers if any(shaper is not None for shaper in shapers) else ()
+        tokens, logprobs = sample(logits, params, [s.uniform() for s in members], shaped)
         finished: dict[Sequence, FinishReason] = {}
         for row, (sequence, token, logprob) in enumerate(zip(members, tokens, logprobs, strict=True)):
             if math.isnan(logprob):
@@ -294,7 +292,7 @@ class Batcher:
             self.tokens_drawn += 1
             shaper = sequence.shaper
             if sequence.on_token is not None:
-                top = likeliest(logits[row], params[row], shaper.num_top) if shaper and shaper.num_top else ()
+                top = self._alternatives(shaper, logits[row], params[row]) if shaper and shaper.num_top else ()
                 sequence.on_token(Drawn(token, logprob, top))
             if shaper is not None:
                 shaper.took(token)
@@ -306,6 +304,13 @@ class Batcher:
             elif len(sequence.ids) >= sequence.request.params.max_tokens:
                 finished[sequence] = "length"
         self._leave(finished)
+
+    @staticmethod
+    def _alternatives(shaper: Shaper, logits_V: Tensor, params: SamplingParams) -> tuple[tuple[int, float], ...]:
+        """The likeliest tokens where one was drawn; its shaper has not been told of it yet."""
+        shaped_V = logits_V.to(torch.float32, copy=True)
+        shaper.apply(shaped_V)
+        return likeliest(shaped_V, params, shaper.num_top)
 
     def _leave(self, finished: Mapping[Sequence, FinishReason]) -> None:
         """Remove sequences; the last live one moves into each hole."""

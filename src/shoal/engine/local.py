@@ -18,7 +18,8 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Self, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ import torch
 from shoal.broadcast.tensors import TensorView
 from shoal.engine.batching import Batcher
 from shoal.engine.cache import KVCache
+from shoal.engine.grammar import Constraint, Grammars
 from shoal.engine.model import Decoder
 from shoal.engine.prefix import PrefixStore
 from shoal.engine.sequence import Drawn, Sequence
@@ -35,7 +37,7 @@ from shoal.engine.text_stream import TextStream
 from shoal.engine.tokenizer import Tokenizer
 from shoal.engine.weights import from_views
 from shoal.errors import CapacityError, ModelError
-from shoal.protocol.sampling import Completion, SampleRequest
+from shoal.protocol.sampling import Completion, Grammar, SampleRequest
 
 T = TypeVar("T")
 
@@ -61,6 +63,8 @@ class EngineStats:
     reused_tokens: int
     """Prompt tokens that the prefix store saved; `prompt_tokens` does not count them."""
     prefix_bytes: int
+    rebuilt_tokens: int = 0
+    """Computed again because a pipeline's stages were lost or its layers moved."""
 
 
 class LocalEngine:
@@ -110,15 +114,19 @@ class LocalEngine:
             torch_dtype,
             kind,
         )
-        self.tokenizer = Tokenizer(model.directory)
-        self._batcher = Batcher(
+        batcher = Batcher(
             decoder,
-            self.tokenizer,
+            Tokenizer(model.directory),
             cache,
             context_tokens,
             prefill_tokens=prefill_tokens,
             prefixes=PrefixStore(prefix_tokens * token_bytes) if prefix_tokens else None,
         )
+        self._start(batcher, threads)
+
+    def _start(self, batcher: Batcher, threads: int) -> None:
+        self._batcher = batcher
+        self.tokenizer = batcher.tokenizer
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._num_requests = 0
         self._busy_s = 0.0
@@ -138,6 +146,11 @@ class LocalEngine:
     def version(self) -> int:
         """The policy version of the weights in place."""
         return self._batcher.version
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Made on first use: it takes a second, and some tokenizers can't be used for it."""
+        return Grammars(self.tokenizer.hf, self.tokenizer.end_ids)
 
     @property
     def tensor_names(self) -> list[str]:
@@ -165,6 +178,11 @@ class LocalEngine:
         return self._failure is None and not self._closed
 
     @property
+    def trouble(self) -> str:
+        """Why requests can't be answered at the moment, for people; empty where they can."""
+        return ""
+
+    @property
     def context_tokens(self) -> int:
         """The longest sequence, prompt and completion together."""
         return self._batcher.context_tokens
@@ -175,7 +193,11 @@ class LocalEngine:
         self._batcher.check(request)
 
     async def sample(self, request: SampleRequest, shaping: Shaping = PLAIN) -> Completion:
-        """Complete one request (see `Sampler`); the caller's cancellation frees the slot."""
+        """Complete one request (see `Sampler`); the caller's cancellation frees the slot.
+
+        Raises:
+            ConfigError: the request's grammar is none.
+        """
         return await self._submit(request, shaping, None)
 
     async def draws(self, request: SampleRequest, shaping: Shaping = PLAIN) -> AsyncGenerator[Drawn | Completion]:
@@ -242,6 +264,8 @@ class LocalEngine:
         self, request: SampleRequest, shaping: Shaping, on_token: Callable[[Drawn], None] | None
     ) -> Completion:
         self.check(request)
+        if request.grammar is not None:
+            shaping = replace(shaping, constraint=await asyncio.to_thread(self._constraint, request.grammar))
         if self._num_requests >= MAX_REQUESTS:
             raise CapacityError(f"the engine has {MAX_REQUESTS} requests already.", "Ask again later.")
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
@@ -254,6 +278,9 @@ class LocalEngine:
             if done.cancelled():
                 sequence.cancelled = True
                 self._inbox.put(lambda: None)  # an idle engine has to look to see it
+
+    def _constraint(self, grammar: Grammar) -> Constraint:
+        return self.grammars.constraint(grammar)
 
     async def _post(self, action: Callable[[], None], done: asyncio.Future[T]) -> T:
         """Have the engine's thread do something, and wait until it has answered."""
@@ -292,12 +319,15 @@ class LocalEngine:
                     action()
                     working = True
                 started = time.monotonic()
-                working = self._batcher.step()
+                working = self._step()
                 self._busy_s += time.monotonic() - started
         except BaseException as error:  # survives to be told to every caller, then ends the thread
             self._failure = error
             self._answer_all(ModelError(f"the engine failed: {error!r}."))
             raise
+
+    def _step(self) -> bool:
+        return self._batcher.step()
 
 
 def _answer(future: asyncio.Future[Any], result: object) -> None:

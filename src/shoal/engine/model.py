@@ -1,7 +1,8 @@
 """The forward pass of Llama- and Qwen-type decoders over a key-value cache: ids and cache in, hidden states out.
 
-One function serves prefill (many tokens a row), decode (one) and verification of drafts (a few). Logits equal those
-of `transformers` (tested to 1e-4 in fp32). Fused projections: q, k and v are one matrix, gate and up another.
+One function serves prefill (many tokens a row), decode (one) and verification of drafts (a few), for a whole model and
+for a pipeline stage's layers. Logits equal those of `transformers` (tested to 1e-4 in fp32). Fused projections: q, k
+and v are one matrix, gate and up another.
 
 Invariants: a row's token at position p attends to cached positions 0…p of its own row only; whatever lies behind p
 in the cache (padding, a rejected draft) weighs nothing and is overwritten when p is reached. All names, shapes and
@@ -93,6 +94,28 @@ class Architecture:
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """Which of a model's weights a decoder holds: stages of a pipeline share them out, its requester has the head."""
+
+    first: int = 0
+    last: int | None = None
+    """Layers `first` … `last` - 1; absent: all from `first` on."""
+    embeds: bool = True
+    norms: bool = True
+    heads: bool = True
+
+    @staticmethod
+    def stage(first: int, last: int, num_layers: int) -> Part:
+        """Layers, with the embedding before the first and the final norm behind the last of them."""
+        return Part(first, last, embeds=first == 0, norms=last == num_layers, heads=False)
+
+
+WHOLE = Part()
+HEAD = Part(last=0, embeds=False, norms=False)
+"""Makes logits of hidden states that others have computed."""
+
+
 class _Layer:
     """One decoder layer's weights."""
 
@@ -139,38 +162,49 @@ class Decoder:
         config: the checkpoint's `transformers` configuration.
         dtype: of weights, activations and cache; norms and softmax run in fp32 inside.
         device: where it all lives.
+        part: which weights it holds; its cache then has its layers only.
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device, part: Part = WHOLE) -> None:
         self.arch = Architecture.from_config(config)
         self.dtype = dtype
         self.device = device
+        self.part = part
         arch = self.arch
-        self._embedding = torch.empty(arch.vocab_size, arch.hidden_size, dtype=dtype, device=device)
-        self._norm = torch.empty(arch.hidden_size, dtype=dtype, device=device)
-        self._head: Linear | None = None  # None: the embedding itself
-        if not arch.tie_embeddings or can_pack(dtype, device):
+        self._head: Linear | None = None  # None: the embedding itself, where there is a head
+        if part.heads and (not arch.tie_embeddings or can_pack(dtype, device)):
             name = "model.embed_tokens" if arch.tie_embeddings else "lm_head"
             self._head = Linear({name: arch.vocab_size}, arch.hidden_size, bias=False, dtype=dtype, device=device)
-        self._layers = [_Layer(arch, dtype, device) for _ in range(arch.num_layers)]
+        self._embedding: Tensor | None = None
+        if part.embeds or (part.heads and self._head is None):
+            self._embedding = torch.empty(arch.vocab_size, arch.hidden_size, dtype=dtype, device=device)
+        self._norm = torch.empty(arch.hidden_size, dtype=dtype, device=device) if part.norms else None
+        self._numbers = range(arch.num_layers)[part.first : part.last]
+        self._layers = [_Layer(arch, dtype, device) for _ in self._numbers]
         self._rotary = Rotary(config, arch.head_dim, device)
         self._shapes = self._all_shapes()
 
     def _all_shapes(self) -> dict[str, tuple[int, ...]]:
-        found: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": tuple(self._embedding.shape),
-            "model.norm.weight": tuple(self._norm.shape),
-        }
+        found: dict[str, tuple[int, ...]] = {}
+        if self._embedding is not None:
+            found["model.embed_tokens.weight"] = tuple(self._embedding.shape)
+        if self._norm is not None:
+            found["model.norm.weight"] = tuple(self._norm.shape)
         if self._head is not None:
             found |= self._head.shapes()
-        for index, layer in enumerate(self._layers):
-            found |= {f"model.layers.{index}.{name}": shape for name, shape in layer.shapes().items()}
+        for number, layer in zip(self._numbers, self._layers, strict=True):
+            found |= {f"model.layers.{number}.{name}": shape for name, shape in layer.shapes().items()}
         return found
 
     @property
     def tensor_names(self) -> list[str]:
         """The checkpoint names this model needs, all of them, tied ones once."""
         return list(self._shapes)
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """The same names with the shapes that their tensors have to have."""
+        return self._shapes
 
     @torch.inference_mode()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -193,31 +227,40 @@ class Decoder:
                     f"tensor '{name}' holds {str(tensor.dtype).removeprefix('torch.')}, not floating-point weights.",
                     "Use the model's unquantised checkpoint, or a GGUF file.",
                 )
-        self._embedding.copy_(tensors["model.embed_tokens.weight"])
-        self._norm.copy_(tensors["model.norm.weight"])
+        if self._embedding is not None:
+            self._embedding.copy_(tensors["model.embed_tokens.weight"])
+        if self._norm is not None:
+            self._norm.copy_(tensors["model.norm.weight"])
         if self._head is not None:
             self._head.load(tensors)
-        for index, layer in enumerate(self._layers):
-            layer.load(tensors, f"model.layers.{index}.")
+        for number, layer in zip(self._numbers, self._layers, strict=True):
+            layer.load(tensors, f"model.layers.{number}.")
 
     @torch.inference_mode()
-    def forward(self, ids_BT: Tensor, start_B: Tensor, cache: KVCache, first_slot: int = 0) -> Tensor:
+    def forward(
+        self, x_BT: Tensor, start_B: Tensor, cache: KVCache, first_slot: int = 0, at_B: Tensor | None = None
+    ) -> Tensor:
         """Hidden states after the final norm, [B, T, H]; keys and values are written to the cache.
 
         Args:
-            ids_BT: new token ids, int64; rows shorter than T are padded at the end with any id.
+            x_BT: new token ids, int64; rows shorter than T are padded at the end with any id. For a part that does not
+                embed: hidden states [B, T, H] after the layer before its first.
             start_B: position of each row's first new token, int64: how many tokens its slot already holds.
             cache: rows `first_slot … first_slot + B` are used; its capacity covers start + T.
+            at_B: which of a row's new tokens is asked about, int64; the result is then [B, 1, H].
         """
         arch = self.arch
-        batch, width = ids_BT.shape
+        batch, width = x_BT.shape[:2]
         heads, kv_heads, dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
         positions_BT = start_B[:, None] + torch.arange(width, device=self.device)
         cos, sin = self._rotary.angles(positions_BT, self.dtype)
         seen_B1TL = torch.arange(cache.capacity, device=self.device) <= positions_BT[:, None, :, None]
         bias_B1TL = torch.zeros(seen_B1TL.shape, dtype=self.dtype, device=self.device)
         bias_B1TL.masked_fill_(~seen_B1TL, float("-inf"))
-        hidden = F.embedding(ids_BT, self._embedding)
+        hidden = x_BT
+        if self.part.embeds:
+            assert self._embedding is not None
+            hidden = F.embedding(x_BT, self._embedding)
         for index, layer in enumerate(self._layers):
             normed = F.rms_norm(hidden, (arch.hidden_size,), layer.norm1, arch.norm_eps)
             qkv = layer.qkv(normed).view(batch, width, heads + 2 * kv_heads, dim)
@@ -232,12 +275,17 @@ class Decoder:
             normed = F.rms_norm(hidden, (arch.hidden_size,), layer.norm2, arch.norm_eps)
             gate, up = layer.gate_up(normed).chunk(2, dim=-1)
             hidden = hidden + layer.down(F.silu(gate) * up)
-        return F.rms_norm(hidden, (arch.hidden_size,), self._norm, arch.norm_eps)
+        if at_B is not None:
+            hidden = hidden.gather(1, at_B[:, None, None].expand(-1, 1, arch.hidden_size))
+        return hidden if self._norm is None else F.rms_norm(hidden, (arch.hidden_size,), self._norm, arch.norm_eps)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits, [..., V], of hidden states [..., H], in the model's own type."""
-        return F.linear(hidden, self._embedding) if self._head is None else self._head(hidden)
+        if self._head is not None:
+            return self._head(hidden)
+        assert self._embedding is not None
+        return F.linear(hidden, self._embedding)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, bias_B1TL: Tensor) -> Tensor:

@@ -78,10 +78,10 @@ def _compute_run(
         unfinished = sum(s.prompt_length > start for s in rows)
         width = min(PREFILL_WIDTH, max(NARROWEST, budget // unfinished), longest - start)
         offset = torch.full((unfinished,), start, device=device)
-        hidden = model.forward(ids[:unfinished, :width], offset, cache, first)
+        last = [min(s.prompt_length - start, width) - 1 for s in rows[:unfinished]]
+        hidden = model.forward(ids[:unfinished, :width], offset, cache, first, torch.tensor(last, device=device))
         for row, sequence in enumerate(rows[:unfinished]):
-            last = sequence.prompt_length - 1 - start
-            if last < width:
-                sequence.prompt_hidden = hidden[row, last].clone()
+            if sequence.prompt_length <= start + width:
+                sequence.prompt_hidden = hidden[row, 0].clone()
         ids, start = ids[:, width:], start + width
         yield unfinished * width

@@ -6,19 +6,23 @@ of logit −∞ is never drawn. A row's draw depends on its own logits and its o
 gives the same tokens whatever else is in the batch, up to near-ties in the logits.
 
 A draw inverts the cumulative distribution in two levels: first the block of the vocabulary, then the token in it. So
-the exponential is the only full pass besides the maximum, and the sums that decide are short and in fp64.
+the exponential is the only full pass besides the maximum, and the sums that decide are short and in fp64. Where a
+grammar leaves few tokens, nothing is computed for the others: a constrained row then costs no more than a free one.
 
 Shapes: B rows, V vocabulary.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.engine.shaping import Shaper
 from shoal.protocol.sampling import SamplingParams
 
 BLOCK = 256
@@ -33,23 +37,53 @@ PIECE_ELEMENTS = 1 << 19
 
 @torch.inference_mode()
 def sample(
-    logits_BV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]
+    logits_BV: Tensor,
+    params: Sequence[SamplingParams],
+    uniforms: Sequence[float],
+    shapers: Sequence[Shaper | None] = (),
 ) -> tuple[list[int], list[float]]:
     """Token ids and their log-probabilities (nats), one a row; a row whose logits aren't numbers reports NaN.
 
     Args:
         logits_BV: any floating type; computed with in fp32.
         uniforms: one number in [0, 1) a row; unused for greedy rows.
+        shapers: what changes each row's logits before all else; none at all, or one entry a row.
     """
-    rows = max(1, PIECE_ELEMENTS // logits_BV.shape[-1]) if logits_BV.device.type == "cpu" else len(params)
-    ids: list[int] = []
-    logprobs: list[float] = []
-    for start in range(0, len(params), rows):
-        piece = slice(start, start + rows)
-        found_ids, found_logprobs = _sample(logits_BV[piece], params[piece], uniforms[piece])
-        ids += found_ids.tolist()
-        logprobs += found_logprobs.tolist()
+    ids, logprobs = [0] * len(params), [0.0] * len(params)
+    rest = list(range(len(params)))
+    if logits_BV.device.type == "cpu":
+        for row, shaper in enumerate(shapers):
+            if shaper is not None and (tokens := shaper.candidates(logits_BV.shape[-1])) is not None:
+                ids[row], logprobs[row] = _sample_among(tokens, logits_BV[row], params[row], uniforms[row])
+                rest.remove(row)
+    whole = len(rest) == len(params)
+    most = max(1, PIECE_ELEMENTS // logits_BV.shape[-1]) if logits_BV.device.type == "cpu" else len(params)
+    for start in range(0, len(rest), most):
+        piece = rest[start : start + most]
+        found_ids, found_logprobs = _sample(
+            logits_BV[start : start + most] if whole else logits_BV[piece],
+            [params[row] for row in piece],
+            [uniforms[row] for row in piece],
+            [shapers[row] for row in piece] if shapers else (),
+        )
+        for row, token, logprob in zip(piece, found_ids.tolist(), found_logprobs.tolist(), strict=True):
+            ids[row], logprobs[row] = token, logprob
     return ids, logprobs
+
+
+def _sample_among(tokens_C: Tensor, logits_V: Tensor, params: SamplingParams, uniform: float) -> tuple[int, float]:
+    """As `sample` for one row, all of whose other tokens are forbidden: what they would cost is saved."""
+    # A few numbers: numpy is done with them before torch has begun.
+    x = logits_V[tokens_C].double().numpy()
+    x = (x - x.max()) / (max(params.temperature, LOWEST_TEMPERATURE) if params.temperature else 1.0)
+    if params.temperature > 0 and not params.is_exact:
+        x = truncate(torch.from_numpy(x), params.top_k, params.top_p).numpy()
+    cumulative = np.exp(x).cumsum()
+    total = cumulative[-1]
+    if math.isnan(total):
+        return int(tokens_C[0]), math.nan
+    found = int(cumulative.searchsorted(uniform * total, side="right")) if params.temperature else int(x.argmax())
+    return int(tokens_C[found]), min(0.0, float(x[found] - math.log(total)))
 
 
 @torch.inference_mode()
@@ -63,8 +97,16 @@ def likeliest(logits_V: Tensor, params: SamplingParams, count: int) -> tuple[tup
     return tuple((token, logprob) for token, logprob in pairs if logprob > float("-inf"))
 
 
-def _sample(logits_BV: Tensor, params: Sequence[SamplingParams], uniforms: Sequence[float]) -> tuple[Tensor, Tensor]:
+def _sample(
+    logits_BV: Tensor,
+    params: Sequence[SamplingParams],
+    uniforms: Sequence[float],
+    shapers: Sequence[Shaper | None],
+) -> tuple[Tensor, Tensor]:
     x_BV = logits_BV.to(torch.float32, copy=True)
+    for row, shaper in enumerate(shapers):
+        if shaper is not None:
+            shaper.apply(x_BV[row])
     # Relative to the maximum, so that no temperature, however low, overflows.
     x_BV -= x_BV.amax(dim=-1, keepdim=True)
     temperatures = [max(p.temperature, LOWEST_TEMPERATURE) if p.temperature else 1.0 for p in params]

@@ -38,6 +38,9 @@ class Shaping:
 
 PLAIN = Shaping()
 
+FEW = 8
+"""A grammar that leaves at most this part of the vocabulary (1 / 8) leaves few tokens."""
+
 
 class Shaper:
     """One sequence's shaping."""
@@ -60,8 +63,14 @@ class Shaper:
         if added:
             logits_V[torch.tensor(list(added), device=device)] += torch.tensor(list(added.values()), device=device)
         if self._constraint is not None:
-            allowed = self._constraint.allowed(logits_V.shape[-1]).to(device)
-            logits_V.masked_fill_(~allowed, float("-inf"))
+            forbidden = ~self._constraint.allowed(logits_V.shape[-1])
+            logits_V.masked_fill_(forbidden.to(device), float("-inf"))
+
+    def candidates(self, vocab_size: int) -> Tensor | None:
+        """The only tokens that can be drawn next, ascending, where a grammar leaves few and nothing else is asked."""
+        if self._constraint is None or self._bias or self._presence or self._frequency:
+            return None
+        return self._constraint.few(vocab_size, vocab_size // FEW)
 
     def took(self, token: int) -> None:
         """Tell of the token that was drawn."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,20 @@ class Tokenizer:
         if previous_ids and ids and previous_ids[-1] in self.end_ids and ids[0] in self.end_ids:
             ids = ids[1:]
         return ids
+
+    @cached_property
+    def end_of_turn(self) -> int:
+        """The token that ends what the assistant says.
+
+        Raises:
+            ModelError: the tokenizer names none.
+        """
+        ids = self.continuation((), ".") if self._inner.chat_template else []
+        if ids and ids[0] in self.end_ids:
+            return ids[0]
+        if not self.end_ids:
+            raise ModelError("the model's tokenizer has no token that ends a turn.", "Use an instruction-tuned model.")
+        return int(min(self.end_ids) if self._inner.eos_token_id is None else self._inner.eos_token_id)
 
     def ends_with_stop(self, ids: Sequence[int], stop: Sequence[str]) -> bool:
         """Whether one of the stop strings is completed by the newest token."""

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from shoal.errors import ConfigError, RecordError, TaskError
 from shoal.protocol.chat import Message
 from shoal.protocol.episode import Task
+from shoal.protocol.sampling import Grammar
 
 Split = Literal["train", "heldout"]
 
@@ -47,6 +48,8 @@ class Observation:
     """What an episode opens with: the conversation so far."""
 
     messages: tuple[Message, ...]
+    grammar: Grammar | None = None
+    """What the first action must match, where the environment constrains it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,8 @@ class Step:
     done: bool
     info: dict[str, float] = field(default_factory=dict)
     """Named parts, as they stand now; the last step's are the episode's."""
+    grammar: Grammar | None = None
+    """What the next action must match."""
 
 
 class Environment(ABC):

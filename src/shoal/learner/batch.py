@@ -21,6 +21,7 @@ from shoal.config.learner import Advantage
 from shoal.errors import RunError
 from shoal.learner.advantages import find_rule, group_advantages, is_uninformative
 from shoal.protocol.episode import Episode
+from shoal.protocol.sampling import Grammar
 
 UNTRAINED_FINISHES = ("cancelled", "error")
 """Ends of a completion that say nothing about the policy."""
@@ -42,6 +43,8 @@ class Trajectory:
     """Tokens of the first context."""
     advantage: float
     temperature: float
+    grammars: tuple[tuple[int, int, Grammar], ...] = ()
+    """Of each trained completion that had to match one: where it starts, its length, and what it had to match."""
 
     @property
     def num_trained(self) -> int:
@@ -84,11 +87,14 @@ def trajectory(episode: Episode, advantage: float, *, mask_truncated: bool = Fal
     trained: list[bool] = []
     behaviour: list[float] = []
     versions: list[int] = []
+    grammars: list[tuple[int, int, Grammar]] = []
     for turn in episode.turns:
         completion = turn.completion
         train = completion.finish not in untrained
         num_context, num_drawn = len(turn.context_ids), len(completion.token_ids)
         ids += [*turn.context_ids, *completion.token_ids]
+        if train and turn.grammar is not None:
+            grammars.append((len(ids) - num_drawn, num_drawn, turn.grammar))
         trained += [False] * num_context + [train] * num_drawn
         behaviour += [0.0] * num_context + [*(completion.logprobs if train else [0.0] * num_drawn)]
         versions += [-1] * num_context + [*(completion.versions if train else [-1] * num_drawn)]
@@ -101,6 +107,7 @@ def trajectory(episode: Episode, advantage: float, *, mask_truncated: bool = Fal
         prefix_length=len(episode.turns[0].context_ids),
         advantage=advantage,
         temperature=episode.temperature,
+        grammars=tuple(grammars),
     )
 
 

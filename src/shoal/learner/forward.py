@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -44,11 +46,18 @@ def prepare(model: PreTrainedModel) -> None:
     use_packed_attention(model)
 
 
-def response_logprobs(model: PreTrainedModel, batch: MicroBatch, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
+def response_logprobs(
+    model: PreTrainedModel,
+    batch: MicroBatch,
+    *,
+    allowed: NDArray[np.uint8] | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
     """log π (with gradient where the model has any) and entropy of each target, [N] each, fp32, in nats.
 
     Args:
         model: prepared by `prepare`.
+        allowed: which tokens could be drawn for each target, packed as `head` takes them; None is all of them.
         recompute: trade the head's memory for time, as gradient checkpointing does for the layers.
     """
     weight = model.get_output_embeddings().weight
@@ -73,5 +82,6 @@ def response_logprobs(model: PreTrainedModel, batch: MicroBatch, *, recompute: b
         weight,
         torch.from_numpy(batch.targets).to(device),
         temperatures,
+        allowed=None if allowed is None else torch.from_numpy(allowed).to(device),
         recompute=recompute,
     )

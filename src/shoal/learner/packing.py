@@ -14,13 +14,14 @@ one trajectory alone does. Pure numpy; the result depends on the input alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shoal.learner.batch import Trajectory
+from shoal.protocol.sampling import Grammar
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -60,6 +61,8 @@ class MicroBatch:
     """[N] number of trained tokens of the target's trajectory."""
     members: tuple[int, ...]
     """Which of the packed trajectories are here, as indices into the sequence that was packed."""
+    grammars: tuple[tuple[int, int, Grammar], ...] = ()
+    """Runs of targets that had to match a grammar: index of the first, how many, and what they had to match."""
 
 
 @dataclass(frozen=True)
@@ -153,4 +156,12 @@ def _lay_out(trajectories: Sequence[Trajectory], parts: Sequence[_Shared]) -> Mi
         sequence=np.repeat(np.arange(len(items)), counts),
         lengths=np.repeat(counts, counts),
         members=tuple(members),
+        grammars=tuple(_grammars(items, counts)),
     )
+
+
+def _grammars(items: Sequence[Trajectory], counts: Ints) -> Iterator[tuple[int, int, Grammar]]:
+    """Each trajectory's constrained completions, as runs of targets."""
+    for item, first in zip(items, np.cumsum(counts) - counts, strict=True):
+        for start, length, grammar in item.grammars:
+            yield int(first) + int(item.trained[:start].sum()), length, grammar

@@ -264,7 +264,13 @@ class LearnerProcess:
         self._tokenizer = Tokenizer(local.directory)
         model = load_policy(local, self._config.model.dtype, settings.device)
         run, rollout = self._config.run, self._config.rollout
-        trainer = Trainer(model, settings, total_steps=run.steps, max_response_tokens=rollout.max_tokens)
+        trainer = Trainer(
+            model,
+            settings,
+            total_steps=run.steps,
+            max_response_tokens=rollout.max_tokens,
+            tokenizer=self._tokenizer,
+        )
         newest = checkpoint.load_latest(self._directory / "checkpoints")
         if newest is not None:
             trainer.restore(newest)

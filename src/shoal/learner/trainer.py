@@ -16,16 +16,20 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from shoal.config.learner import GspoLoss, Learner
-from shoal.errors import ConfigError, RecordError, StorageError
+from shoal.engine.grammar import Grammars
+from shoal.engine.tokenizer import Tokenizer
+from shoal.errors import ConfigError, RecordError, RunError, StorageError
 from shoal.learner.batch import StepSummary, assemble, fits
 from shoal.learner.checkpoint import Checkpoint
 from shoal.learner.forward import prepare, response_logprobs
@@ -50,7 +54,8 @@ class StepBatch:
     denominators: Denominators
     summary: StepSummary
     num_refused: int
-    """Episodes that this model can't have made: a token outside its vocabulary, or more than its context holds."""
+    """Episodes that this model can't have made: a token outside its vocabulary or its turn's grammar, or more than its
+    context holds."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Trainer:
         total_steps: of the whole run; needed where the learning rate falls towards its end.
         max_response_tokens: the constant of the `dr_grpo` normalisation; needed for that one only.
         version: the policy version that `model` is.
+        tokenizer: the model's; needed where episodes are constrained by grammars.
 
     Raises:
         ModelError: the model's type can't be trained here.
@@ -84,6 +90,7 @@ class Trainer:
         total_steps: int = 0,
         max_response_tokens: int = 0,
         version: int = 0,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         prepare(model)
         if settings.loss.normalisation == "dr_grpo" and max_response_tokens < 1:
@@ -95,6 +102,7 @@ class Trainer:
         self._total_steps = total_steps
         self.version = version
         self._max_response_tokens = max_response_tokens
+        self._tokenizer = tokenizer
         self._reference: PreTrainedModel | None = None
         if settings.lora is not None:
             add_adapters(model, settings.lora)
@@ -140,11 +148,35 @@ class Trainer:
     def batch(self, episodes: Sequence[Episode]) -> StepBatch:
         """Advantages, trajectories and micro-batches of one step."""
         config = self.model.config
-        usable = [e for e in episodes if fits(e, config.vocab_size, config.max_position_embeddings)]
+        usable = [e for e in episodes if fits(e, config.vocab_size, config.max_position_embeddings) and self._allows(e)]
         kept, summary = assemble(usable, self.settings.advantage, skip=self.settings.skip_zero_advantage)
         denominators = Denominators(summary.num_episodes, summary.num_tokens, self._max_response_tokens)
         rows = tuple(pack(kept, self.settings.microbatch_tokens))
         return StepBatch(rows, denominators, summary, len(episodes) - len(usable))
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        if self._tokenizer is None:
+            raise RunError("episodes are constrained by a grammar, and the learner has no tokenizer to read it with.")
+        return Grammars(self._tokenizer.hf, self._tokenizer.end_ids)
+
+    def _allows(self, episode: Episode) -> bool:
+        """Whether every completion matches what it had to; an episode comes from another machine."""
+        return all(
+            turn.grammar is None or self._grammars.allows(turn.grammar, turn.completion.token_ids)
+            for turn in episode.turns
+        )
+
+    def _allowed(self, micro: MicroBatch) -> NDArray[np.uint8] | None:
+        """Which tokens could be drawn for each target, packed; None where all of them could, everywhere."""
+        if not micro.grammars:
+            return None
+        vocab_size = self.model.config.vocab_size
+        rows = np.full((len(micro.targets), (vocab_size + 7) // 8), 255, dtype=np.uint8)
+        for first, length, grammar in micro.grammars:
+            part = slice(first, first + length)
+            rows[part] = self._grammars.masks(grammar, micro.targets[part].tolist(), vocab_size)
+        return rows
 
     def forward_backward(self, batch: StepBatch) -> PassResult:
         """Add the gradients of the step's loss to the optimizer's; stops at the first loss that is not finite."""
@@ -170,7 +202,10 @@ class Trainer:
 
     def _loss(self, micro: MicroBatch, denominators: Denominators) -> LossOutput:
         settings = self.settings.loss
-        logprobs, entropy = response_logprobs(self.model, micro, recompute=self.settings.gradient_checkpointing)
+        allowed = self._allowed(micro)
+        logprobs, entropy = response_logprobs(
+            self.model, micro, allowed=allowed, recompute=self.settings.gradient_checkpointing
+        )
         weights = token_weights(settings.normalisation, micro.lengths, denominators)
 
         def on_device(array: np.ndarray[Any, Any]) -> Tensor:
@@ -185,18 +220,18 @@ class Trainer:
             num_sequences=len(micro.members),
         )
         if settings.kl_beta > 0:
-            inputs = replace(inputs, reference=self._reference_logprobs(micro))
+            inputs = replace(inputs, reference=self._reference_logprobs(micro, allowed))
         if isinstance(settings, GspoLoss):
             return gspo_loss(inputs, settings, entropy)
         return grpo_loss(inputs, settings, entropy)
 
     @torch.no_grad()
-    def _reference_logprobs(self, micro: MicroBatch) -> Tensor:
+    def _reference_logprobs(self, micro: MicroBatch, allowed: NDArray[np.uint8] | None) -> Tensor:
         if self._reference is not None:
-            return response_logprobs(self._reference, micro)[0]
+            return response_logprobs(self._reference, micro, allowed=allowed)[0]
         self.model.eval()
         with adapters_off(self.model):
-            logprobs = response_logprobs(self.model, micro)[0]
+            logprobs = response_logprobs(self.model, micro, allowed=allowed)[0]
         self.model.train()
         return logprobs
 

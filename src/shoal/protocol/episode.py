@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from shoal.errors import RecordError
 from shoal.protocol.codec import Record
-from shoal.protocol.sampling import Completion
+from shoal.protocol.sampling import Completion, Grammar
 
 MAX_TURNS = 1024
 MAX_TEXT_CHARS = 1 << 20
@@ -43,6 +43,8 @@ class Turn(Record, frozen=True):
     observation: str
     """What the environment said, as text, for people."""
     completion: Completion
+    grammar: Grammar | None = None
+    """What the completion had to match: its log-probabilities are those of the tokens that this allows."""
 
 
 class Episode(Record, frozen=True):
@@ -82,6 +84,8 @@ class Episode(Record, frozen=True):
             raise RecordError("an episode's times are not finite.")
         for turn in self.turns:
             turn.completion.check()
+            if turn.grammar is not None:
+                turn.grammar.check()
             if not turn.context_ids and turn is self.turns[0]:
                 raise RecordError("an episode's first turn has no context.")
             if any(t < 0 for t in turn.context_ids):

@@ -16,6 +16,9 @@ from shoal.protocol.codec import Record
 MAX_PROMPT_TOKENS = 1 << 20
 """No request with a longer prompt is looked at, whatever the model's context."""
 
+MAX_GRAMMAR_BYTES = 64 * 1024
+"""Larger grammars and schemas are refused."""
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 """`stop`: an end token or a stop string; `length`: the token limit; the others are infrastructure's doing."""
 
@@ -51,6 +54,18 @@ class SamplingParams(Record, frozen=True):
         return self.top_p == 1.0 and self.top_k == 0
 
 
+class Grammar(Record, frozen=True):
+    """What a completion must match, as text: the same text means the same tokens wherever it is read."""
+
+    kind: Literal["json_schema", "regex", "lark"]
+    """`lark` is llguidance's dialect of Lark's notation."""
+    text: str
+
+    def check(self) -> None:
+        if not self.text or len(self.text.encode(errors="surrogatepass")) > MAX_GRAMMAR_BYTES:
+            raise RecordError(f"a grammar of {len(self.text)} characters is not of 1 to {MAX_GRAMMAR_BYTES} bytes.")
+
+
 class SampleRequest(Record, frozen=True):
     """One prompt to complete."""
 
@@ -58,9 +73,12 @@ class SampleRequest(Record, frozen=True):
     params: SamplingParams = SamplingParams()
     min_version: int = 0
     """The engine may not sample the first token under an older policy version than this."""
+    grammar: Grammar | None = None
 
     def check(self) -> None:
         self.params.check()
+        if self.grammar is not None:
+            self.grammar.check()
         if not 1 <= len(self.prompt_ids) <= MAX_PROMPT_TOKENS:
             raise RecordError(f"a prompt of {len(self.prompt_ids)} tokens is not between 1 and {MAX_PROMPT_TOKENS}.")
         if min(self.prompt_ids) < 0:

@@ -63,7 +63,7 @@ async def run_episode(
     try:
         first = await env.reset(spec.task)
         context = tokenizer.prompt(first.messages)
-        shown = first.messages[-1].content
+        shown, grammar = first.messages[-1].content, first.grammar
         sequence: list[int] = []
         while len(turns) < MAX_TURNS:
             sequence += context
@@ -76,11 +76,11 @@ async def run_episode(
             seed = None if spec.params.seed is None else (spec.params.seed + SEED_STRIDE * len(turns)) % 2**63
             params = replace(spec.params, max_tokens=room, seed=seed)
             completion = await sampler.sample(
-                SampleRequest(prompt_ids=tuple(sequence), params=params, min_version=spec.min_version)
+                SampleRequest(prompt_ids=tuple(sequence), params=params, min_version=spec.min_version, grammar=grammar)
             )
             if completion.finish in ("cancelled", "error"):
                 raise ShoalError(f"sampling ended with '{completion.finish}'.")
-            turns.append(Turn(context_ids=tuple(context), observation=shown, completion=completion))
+            turns.append(Turn(context_ids=tuple(context), observation=shown, completion=completion, grammar=grammar))
             step = await env.step(completion.text, truncated=completion.finish == "length")
             reward += step.reward
             parts = step.info
@@ -88,7 +88,7 @@ async def run_episode(
                 break
             sequence += completion.token_ids
             context = tokenizer.continuation(completion.token_ids, step.observation)
-            shown = step.observation
+            shown, grammar = step.observation, step.grammar
     except (ShoalError, OSError, TimeoutError) as error:
         # Surviving here is the feature: infrastructure's failure is told apart from the agent's.
         outcome, reason = "void", str(error)[:MAX_REASON_CHARS] or type(error).__name__

@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 import msgspec
@@ -19,11 +18,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from shoal.config import Serving
-from shoal.engine.grammar import Constraint, Grammars
-from shoal.engine.local import LocalEngine
+from shoal.engine.grammar import Constraint
 from shoal.engine.shaping import PLAIN, Shaping
 from shoal.errors import ConfigError, ModelError
 from shoal.protocol.sampling import SamplingParams
+from shoal.serving.backend import Engine
 from shoal.serving.dialect import Dialect
 from shoal.serving.errors import ApiError, bad_request
 from shoal.serving.events import EventStream, gone
@@ -47,7 +46,7 @@ T = TypeVar("T")
 class Api:
     """One model, served."""
 
-    engine: LocalEngine
+    engine: Engine
     model: str
     """The name that clients give."""
     settings: Serving
@@ -57,11 +56,6 @@ class Api:
         self.gate = Gate(self.settings.max_sequences + self.settings.max_waiting)
         self.metrics = Metrics(self.engine, self.gate)
         self.dialect = Dialect.of(self.engine.tokenizer.template)
-
-    @cached_property
-    def grammars(self) -> Grammars:
-        """Made on first use: it takes a second, and some tokenizers can't be used for it."""
-        return Grammars(self.engine.tokenizer.hf, self.engine.tokenizer.end_ids)
 
     async def body(self, request: Request) -> bytes:
         """The request's body, within its limits of size and time."""
@@ -115,16 +109,16 @@ class Api:
 
     def _constraint(self, lark: str | None, asked: ResponseFormat | None) -> Callable[[], Constraint] | None:
         if lark is not None:
-            return lambda: self.grammars.lark(lark)
+            return lambda: self.engine.grammars.lark(lark)
         if isinstance(asked, JsonFormat):
-            return lambda: self.grammars.json_schema({"type": "object"})
+            return lambda: self.engine.grammars.json_schema({"type": "object"})
         if isinstance(asked, SchemaFormat):
             schema = asked.json_schema.schema_ or {"type": "object"}
-            return lambda: self.grammars.json_schema(schema)
+            return lambda: self.engine.grammars.json_schema(schema)
         if isinstance(asked, RegexFormat):
-            return lambda: self.grammars.regex(asked.regex)
+            return lambda: self.engine.grammars.regex(asked.regex)
         if isinstance(asked, GrammarFormat):
-            return lambda: self.grammars.lark(asked.lark)
+            return lambda: self.engine.grammars.lark(asked.lark)
         return None
 
     async def answer(self, request: Request, job: Job, work: Callable[[], Awaitable[dict[str, Any]]]) -> Response:

@@ -41,9 +41,11 @@ async def model(api: Api, request: Request) -> Response:
 
 
 async def health(api: Api, _: Request) -> Response:
-    """200 as long as the engine lives."""
+    """200 as long as the engine answers."""
     if not api.engine.is_alive:
         raise ApiError(503, "The engine has stopped.", code="engine_stopped")
+    if api.engine.trouble:
+        raise ApiError(503, api.engine.trouble, code="no_stages")
     return json_response({"status": "ok"})
 
 

@@ -13,13 +13,16 @@ from dataclasses import dataclass
 
 import msgspec
 
-from shoal.engine.local import LocalEngine
 from shoal.engine.sequence import Drawn
 from shoal.engine.shaping import PLAIN, Shaping
 from shoal.engine.text_stream import TextStream
 from shoal.errors import CapacityError, ModelError, RecordError
 from shoal.protocol.sampling import Completion, SampleRequest, SamplingParams
+from shoal.serving.backend import Engine
 from shoal.serving.errors import ApiError, bad_request
+
+RETRY_S = 5
+"""When to ask again where the engine can't go on."""
 
 MAX_SEED = 2**63
 """Seeds travel as signed 64-bit integers."""
@@ -58,7 +61,7 @@ class Piece:
     completion: Completion | None = None
 
 
-def check(engine: LocalEngine, job: Job) -> None:
+def check(engine: Engine, job: Job) -> None:
     """Raise an `ApiError` if the engine could never serve this."""
     try:
         for index in range(0, job.size, job.choices):
@@ -67,9 +70,11 @@ def check(engine: LocalEngine, job: Job) -> None:
         raise bad_request(str(error), code="context_length_exceeded") from None
     except RecordError as error:
         raise bad_request(str(error)) from None
+    except ModelError as error:
+        raise ApiError(503, str(error), code="no_stages", retry_after_s=RETRY_S) from None
 
 
-async def pieces(engine: LocalEngine, job: Job) -> AsyncGenerator[Piece]:
+async def pieces(engine: Engine, job: Job) -> AsyncGenerator[Piece]:
     """All choices' pieces as they come; those of one choice in order, the one with its completion last."""
     arrived: asyncio.Queue[Piece | asyncio.Task[None]] = asyncio.Queue()  # bounded by size × max_tokens
 
@@ -92,14 +97,15 @@ async def pieces(engine: LocalEngine, job: Job) -> AsyncGenerator[Piece]:
             try:
                 piece.result()
             except ModelError as error:
-                raise ApiError(503, "The engine cannot go on with this.", code="engine_error") from error
+                why = engine.trouble or "The engine cannot go on with this."
+                raise ApiError(503, why, code="engine_error", retry_after_s=RETRY_S) from error
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def whole(engine: LocalEngine, job: Job) -> list[tuple[Completion, tuple[Drawn, ...]]]:
+async def whole(engine: Engine, job: Job) -> list[tuple[Completion, tuple[Drawn, ...]]]:
     """Each choice's completion with its tokens, in order."""
     drawn: list[list[Drawn]] = [[] for _ in range(job.size)]
     done: dict[int, Completion] = {}
@@ -111,7 +117,7 @@ async def whole(engine: LocalEngine, job: Job) -> list[tuple[Completion, tuple[D
     return [(done[index], tuple(drawn[index])) for index in range(job.size)]
 
 
-async def _choice(engine: LocalEngine, job: Job, index: int) -> AsyncGenerator[Piece]:
+async def _choice(engine: Engine, job: Job, index: int) -> AsyncGenerator[Piece]:
     request = job.request(index)
     text = TextStream(engine.tokenizer, request.params.stop)
     held: list[Drawn] = []

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from shoal.engine.local import LocalEngine
+from shoal.serving.backend import Engine
 from shoal.serving.gate import Gate
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -20,7 +20,7 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120,
 class Metrics:
     """One server's counters."""
 
-    def __init__(self, engine: LocalEngine, gate: Gate) -> None:
+    def __init__(self, engine: Engine, gate: Gate) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("shoal_http_requests", "Requests answered.", ("path", "status"), registry=registry)
         self.seconds = Histogram(
@@ -41,7 +41,7 @@ class Metrics:
 class _Engine(Collector):
     """Reads the engine's and the gate's numbers when the page is asked for."""
 
-    def __init__(self, engine: LocalEngine, gate: Gate) -> None:
+    def __init__(self, engine: Engine, gate: Gate) -> None:
         self._engine, self._gate = engine, gate
 
     def collect(self) -> Iterator[Metric]:
@@ -50,6 +50,7 @@ class _Engine(Collector):
             "shoal_tokens_drawn": ("Tokens drawn.", stats.tokens_drawn),
             "shoal_prompt_tokens": ("Prompt tokens computed.", stats.prompt_tokens),
             "shoal_prompt_tokens_reused": ("Prompt tokens copied from the prefix store.", stats.reused_tokens),
+            "shoal_tokens_rebuilt": ("Tokens computed again because stages were lost.", stats.rebuilt_tokens),
             "shoal_engine_busy_seconds": ("Time in the engine's steps.", stats.busy_s),
             "shoal_turned_away": ("Requests answered 429.", self._gate.turned_away),
         }

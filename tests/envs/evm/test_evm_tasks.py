@@ -12,7 +12,7 @@ from shoal.envs.evm.reference import STRANGER
 from shoal.envs.evm.sampling import sample
 from shoal.envs.evm.selftest import MIN_MUTANTS, play, reference, selftest
 
-DIGEST = "719544070e18d1cf6d0c0f50ec9165bc51b8017dba8b7133f5b3968dfabff9b1"
+DIGEST = "ad5325d2aca07a5c457c165d43df187ac545da22a6b36442aa09ec2262c780ed"
 """Of instructions, reference actions and verdicts of every task's first two instances."""
 
 QUICK = ("native", "erc20", "nft", "query", "approve", "batch", "nft_bundle")

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from decimal import ROUND_DOWN, Decimal, InvalidOperation, localcontext
 from typing import Annotated, Any, Literal
 
@@ -67,7 +69,7 @@ class Pay(_Model):
     action: Literal["pay"]
     to: str = Field(max_length=100)
     value: str | int
-    data: str = Field(default="", max_length=4_000)
+    data: str = Field(default="", max_length=MAX_ACTION_CHARS)
     """Hex with 0x, or text."""
 
 
@@ -98,6 +100,13 @@ class Report(_Model):
     reason: str = Field(default="", max_length=2_000)
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a script's query found out, by name. No text becomes one: a script has to run (`scripts`)."""
+
+    answer: Mapping[str, Any]
+
+
 Action = Send | Pay | Permit | Query | Submit | Report
 _ACTIONS: TypeAdapter[Action] = TypeAdapter(Annotated[Action, Field(discriminator="action")])
 
@@ -120,8 +129,8 @@ def read_action(text: str) -> Action:
 
 
 def write_action(action: Action) -> str:
-    """The action as an agent would write it."""
-    return json.dumps(action.model_dump(exclude_defaults=True))
+    """The action as an agent would write it, in the order in which the grammar has its parts."""
+    return json.dumps({"action": action.action, **action.model_dump(exclude_defaults=True)})
 
 
 def address(text: Any) -> str:

@@ -13,7 +13,7 @@ Invariants:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from shoal.errors import ShoalError
@@ -28,6 +28,9 @@ GAS_PRICE = 3_000_000_000
 PRIORITY_FEE = 1_000_000_000
 """The priority fee it answers with."""
 
+BASE_FEE = (GAS_PRICE - PRIORITY_FEE) // 2
+"""The base fee it answers with: twice that and the priority fee, as clients reckon, are the price of gas."""
+
 GAS_LIMIT = 10_000_000
 
 
@@ -36,7 +39,11 @@ class ChainError(ShoalError):
 
 
 class Reverted(Exception):
-    """A call that failed on the chain; the text is the reason, where the contract gave one."""
+    """A call that failed on the chain; the text is the reason, where the contract gave one, `data` what it returned."""
+
+    def __init__(self, reason: str, data: bytes = b"") -> None:
+        super().__init__(reason)
+        self.data = data
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,7 @@ class ChainBackend(ABC):
         """Execute in a new block. A transaction that reverts has a receipt as well."""
 
     @abstractmethod
-    def call(self, to: str, data: bytes, sender: str) -> bytes:
+    def call(self, to: str, data: bytes, sender: str, value: int = 0) -> bytes:
         """What a call would return at the head; raises `Reverted`."""
 
     @abstractmethod
@@ -86,6 +93,18 @@ class ChainBackend(ABC):
     @abstractmethod
     def nonce(self, address: str) -> int:
         """Transactions sent by `address`."""
+
+    @abstractmethod
+    def code(self, address: str) -> bytes:
+        """The code at `address`; empty where there is none."""
+
+    @abstractmethod
+    def storage(self, address: str, slot: int) -> int:
+        """What a contract keeps in a slot."""
+
+    @abstractmethod
+    def receipts(self) -> Sequence[Receipt]:
+        """Of every transaction since the genesis, in order."""
 
     @abstractmethod
     def block_number(self) -> int:

@@ -11,28 +11,30 @@ training never uses (a task without parameters is the same on both sides, and sa
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import ClassVar, Literal
 
-from eth_utils.address import to_checksum_address
 from pydantic import Field, field_validator
 
 from shoal.envs.base import Environment, EnvironmentSettings, Observation, Split, Step, check_cursor, stable_int
-from shoal.envs.evm.actions import CHAIN_FUNCTIONS, Action, ActionError, read_action
+from shoal.envs.evm.actions import Action, ActionError, read_action
 from shoal.envs.evm.chain import ChainBackend
 from shoal.envs.evm.definition import COMPOSITE_GROUPS, FULL_POINTS, GROUPS, Definition, load_tasks, shipped_tasks
-from shoal.envs.evm.genesis import AGENT, load_genesis
+from shoal.envs.evm.grammar import action_grammar
 from shoal.envs.evm.official import load_official
+from shoal.envs.evm.prompts import opening
 from shoal.envs.evm.pyrevm_chain import PyrevmChain
 from shoal.envs.evm.quest import Quest
 from shoal.envs.evm.sampling import sample
 from shoal.errors import TaskError
-from shoal.protocol.chat import Message
 from shoal.protocol.episode import Task
+from shoal.protocol.sampling import Grammar
 
+ADDRESS = re.compile(r"\b0x[0-9a-fA-F]{40}\b")
 MAX_IDLE_CHAINS = 64
 """Chains kept for the next episodes; one holds about a megabyte."""
 
@@ -44,26 +46,6 @@ STAGES: tuple[tuple[str, ...], ...] = (
     ("liquidity", "defi", "stake", "nft_bundle", "optimised"),
 )
 """The curriculum: payments, then tokens and queries, approvals, swaps, and whole workflows."""
-
-GUIDE = """You act on an EVM chain (BNB Smart Chain, chain id 56) from the account {me}. Answer with one JSON object.
-To send BNB ("data" is optional):
-{{"action": "pay", "to": ADDRESS, "value": AMOUNT}}
-To call a contract:
-{{"action": "send", "to": ADDRESS, "function": "transfer(address,uint256)", "args": [...], "value": AMOUNT}}
-To sign and send a permit:
-{{"action": "permit", "token": ADDRESS, "spender": ADDRESS, "value": AMOUNT, "deadline": SECONDS}}
-To read ("index" picks one of several values; without "to" the function is one of {chain_functions}):
-{{"action": "query", "calls": {{NAME: {{"to": ADDRESS, "function": "balanceOf(address)", "args": [...]}}}}}}
-To end a workflow: {{"action": "submit"}}. To give up: {{"action": "error", "reason": TEXT}}.
-An ADDRESS is hex or one of these names: me, {names}.
-An AMOUNT is in wei, or like "0.5 ether"; every token has 18 decimals. Results of queries are in base units.
-The chain's time is {now}; deadlines lie between now and an hour from now. Gas is free."""
-BRIEF = (
-    'Answer with JSON like {"action": "pay", "to": "0x4b1DbE32d4B9D6C07BC6AbC3d9A4Ec54b2BA5701", "value": "0.5 ether"}.'
-)
-"""Whoever copies the example makes a payment that is wrong: a small model has something to start from."""
-ATOMIC = "Do it with exactly one action."
-COMPOSITE = "It takes several actions; you see what each did. Use no more than needed, then submit."
 
 
 class EvmSettings(EnvironmentSettings):
@@ -82,6 +64,9 @@ class EvmSettings(EnvironmentSettings):
     """`brief` shows one example of an action alone: for small models on payments."""
     curriculum: int = Field(default=0, ge=0)
     """Training tasks after which the next stage of the curriculum opens; 0 for everything at once."""
+    constrain: Literal["no", "form", "seen"] = "no"
+    """For models that cannot keep to the form yet. `form`: a grammar lets the agent write nothing but valid actions;
+    `seen`: and no address but known names and what it has read. Any other would be wrong."""
 
     @field_validator("groups")
     @classmethod
@@ -100,6 +85,8 @@ class EvmQuests(Environment):
     Settings: ClassVar[type[EnvironmentSettings]] = EvmSettings
     settings: EvmSettings
     _quest: Quest | None = None
+    _seen: frozenset[str] = frozenset()
+    """Addresses that the agent has read in this episode."""
 
     def task(self, split: Split, index: int, seed: int) -> Task:
         check_cursor(index)
@@ -135,16 +122,17 @@ class EvmQuests(Environment):
         quest = Quest(sample(definition, task.seed), chain)
         quest.begin()
         self._quest = quest
-        asked = f"{quest.instance.instruction}\n{COMPOSITE if definition.composite else ATOMIC}"
-        if self.settings.prompt == "brief":
-            return Observation((Message(role="user", content=f"{quest.instance.instruction} {BRIEF}"),))
-        guide = GUIDE.format(
-            me=to_checksum_address(AGENT),
-            names=", ".join(load_genesis().names),
-            chain_functions=", ".join(CHAIN_FUNCTIONS),
-            now=chain.timestamp(),
-        )
-        return Observation((Message(role="system", content=guide), Message(role="user", content=asked)))
+        messages = opening(quest, style=self.settings.prompt)
+        self._seen = frozenset()
+        return Observation(messages, self._grammar(quest, " ".join(message.content for message in messages)))
+
+    def _grammar(self, quest: Quest, read: str) -> Grammar | None:
+        """What the agent's next reply must match, now that it has read this."""
+        if self.settings.constrain == "no":
+            return None
+        self._seen |= frozenset(ADDRESS.findall(read))
+        composite = quest.instance.definition.composite
+        return action_grammar(composite, self._seen if self.settings.constrain == "seen" else None)
 
     async def step(self, action: str, *, truncated: bool = False) -> Step:
         quest = self._quest
@@ -158,7 +146,8 @@ class EvmQuests(Environment):
         feedback = quest.act(read)
         if not feedback.done:
             left = quest.max_rounds - quest.rounds
-            return Step(f"{feedback.text}\n{left} rounds left.", 0.0, False, {"steps": float(quest.rounds)})
+            told = f"{feedback.text}\n{left} rounds left."
+            return Step(told, 0.0, False, {"steps": float(quest.rounds)}, self._grammar(quest, told))
         verdict = quest.verdict()
         await self.close()
         score = verdict.strict if self.settings.scoring == "strict" else verdict.paper

@@ -8,7 +8,7 @@ one that is not adds to the depth of calls for good, and at 1,024 all calls fail
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import pyrevm
@@ -27,7 +27,7 @@ from shoal.envs.evm.chain import (
     Transaction,
 )
 from shoal.envs.evm.genesis import load_genesis
-from shoal.envs.evm.reasons import read_reason
+from shoal.envs.evm.reasons import read_reason, revert_data
 
 SPEC = "SHANGHAI"
 
@@ -38,6 +38,7 @@ class _Point:
     block: int
     time: int
     nonces: tuple[tuple[str, int], ...]
+    num_receipts: int
 
 
 class PyrevmChain(ChainBackend):
@@ -48,6 +49,7 @@ class PyrevmChain(ChainBackend):
         self._evm = EVM(env=pyrevm.Env(cfg=config), gas_limit=GAS_LIMIT, spec_id=SPEC)
         self._block, self._time = GENESIS_BLOCK, GENESIS_TIME
         self._nonces: dict[str, int] = {}
+        self._receipts: list[Receipt] = []
         for address, account in load_genesis().accounts.items():
             info = AccountInfo(nonce=account.nonce, code=account.code or None)
             self._evm.insert_account_info(address, info)
@@ -68,7 +70,11 @@ class PyrevmChain(ChainBackend):
         self._enter_block()
 
     def send(self, transaction: Transaction) -> Receipt:
-        t = transaction
+        receipt = self._execute(transaction)
+        self._receipts.append(receipt)
+        return receipt
+
+    def _execute(self, t: Transaction) -> Receipt:
         self._pass(1)
         self._nonces[t.sender] = self._nonces.get(t.sender, 0) + 1
         try:
@@ -79,13 +85,13 @@ class PyrevmChain(ChainBackend):
         logs = tuple(_log(entry) for entry in result.logs) if result is not None else ()
         return Receipt(t, True, self._block, logs)
 
-    def call(self, to: str, data: bytes, sender: str) -> bytes:
+    def call(self, to: str, data: bytes, sender: str, value: int = 0) -> bytes:
         # What a node does: run it, then forget it. (A static call would refuse functions that write.)
         point = self._evm.snapshot()
         try:
-            return self._evm.message_call(caller=sender, to=to, calldata=data, gas=GAS_LIMIT)
-        except RuntimeError as error:
-            raise Reverted(read_reason(str(error))) from None
+            return self._evm.message_call(caller=sender, to=to, calldata=data, value=value, gas=GAS_LIMIT)
+        except (RuntimeError, OverflowError) as error:
+            raise Reverted(read_reason(str(error)), revert_data(str(error))) from None
         finally:
             self._evm.revert(point)
 
@@ -94,6 +100,15 @@ class PyrevmChain(ChainBackend):
 
     def nonce(self, address: str) -> int:
         return self._nonces.get(address, 0)
+
+    def code(self, address: str) -> bytes:
+        return self._evm.get_code(address) or b""
+
+    def storage(self, address: str, slot: int) -> int:
+        return self._evm.storage(address, slot)
+
+    def receipts(self) -> Sequence[Receipt]:
+        return self._receipts
 
     def block_number(self) -> int:
         return self._block
@@ -105,12 +120,13 @@ class PyrevmChain(ChainBackend):
         self._pass(blocks)
 
     def snapshot(self) -> Hashable:
-        return _Point(self._evm.snapshot(), self._block, self._time, tuple(self._nonces.items()))
+        return _Point(self._evm.snapshot(), self._block, self._time, tuple(self._nonces.items()), len(self._receipts))
 
     def revert(self, snapshot: Hashable) -> None:
         assert isinstance(snapshot, _Point)
         self._evm.revert(snapshot.checkpoint)  # type: ignore[arg-type]
         self._block, self._time, self._nonces = snapshot.block, snapshot.time, dict(snapshot.nonces)
+        del self._receipts[snapshot.num_receipts :]
         self._enter_block()
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ but the count of attempts.
 from __future__ import annotations
 
 import ast
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from shoal.envs.evm.actions import (
     Action,
     ActionError,
     Call,
+    Found,
     Pay,
     Permit,
     Query,
@@ -86,8 +87,8 @@ class Quest:
         definition = self.instance.definition
         return ROUNDS_PER_STEP * definition.optimal_steps if definition.composite else 1
 
-    def act(self, action: Action | ActionError) -> Feedback:
-        """Carry out one act. An `ActionError` stands for words that were none."""
+    def act(self, action: Action | Found | ActionError) -> Feedback:
+        """Carry out one act. An `ActionError` stands for words that were none, `Found` for a script's query."""
         if isinstance(action, Submit | Report):
             if isinstance(action, Submit):
                 self.record.answer.update(action.answer)
@@ -101,9 +102,11 @@ class Quest:
         over = self.rounds >= self.max_rounds or self._failures >= MAX_ATTEMPTS
         return Feedback(text, over or not self.instance.definition.composite)
 
-    def _carry_out(self, action: Send | Pay | Permit | Query | ActionError) -> tuple[str, bool]:
+    def _carry_out(self, action: Send | Pay | Permit | Query | Found | ActionError) -> tuple[str, bool]:
         if isinstance(action, ActionError):
             raise action
+        if isinstance(action, Found):
+            return self._tell(action.answer), False
         if isinstance(action, Query):
             return self._ask(action), False
         sent = permit_transaction(self.chain, action) if isinstance(action, Permit) else transaction(action)
@@ -123,6 +126,10 @@ class Quest:
                 self.record.asked.append(Asked(to, data, len(self.record.receipts)))
             else:
                 results[name] = self._ask_chain(call)
+        return self._tell(results)
+
+    def _tell(self, results: Mapping[str, Any]) -> str:
+        """What a query found, as the agent reads it; where it is all that was asked for, it is the answer."""
         if not self.instance.definition.composite:
             self.record.answer.update(results)
         return "; ".join(f"{name} = {value}" for name, value in results.items())[:MAX_SHOWN_CHARS]

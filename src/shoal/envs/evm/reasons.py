@@ -13,6 +13,14 @@ PANIC_SELECTOR = "4e487b71"
 _OUTPUT = re.compile(r"0x([0-9a-fA-F]*)")
 
 
+def revert_data(text: str) -> bytes:
+    """The bytes that a reverted call returned, out of a backend's error text; empty where there are none."""
+    for found in _OUTPUT.finditer(text):
+        if found[1].startswith((ERROR_SELECTOR, PANIC_SELECTOR)):
+            return bytes.fromhex(found[1][: len(found[1]) // 2 * 2])
+    return b""
+
+
 def read_reason(text: str) -> str:
     """The reason inside a backend's error text, which holds the returned bytes as hex, or says what went wrong."""
     for found in _OUTPUT.finditer(text):

@@ -1,0 +1,298 @@
+"""`shoal memory`: what a node remembers, why it was admitted, and how to take it back."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cyclopts import App
+
+from shoal.cli.output import console, note, print_json
+from shoal.cli.parameters import Json
+from shoal.errors import ConfigError, RecordError
+
+if TYPE_CHECKING:
+    from shoal.memory.keeper import Keeper
+    from shoal.memory.state import Memory
+
+app = App(name="memory", help="See what is remembered, check why, and take it back.")
+
+SHOWN_CHARS = 72
+SHORT_ID_CHARS = 10
+EXPORT_EVENTS = 1000
+"""Events read from the store at once."""
+
+
+@app.command(name="list")
+def list_(
+    *, folder: Path | None = None, status: str = "active", family: str = "", user: str = "", json: Json = False
+) -> None:
+    """List memories, the weightiest first.
+
+    For example:
+
+        shoal memory list
+        shoal memory list --status rejected --json
+
+    Args:
+        folder: Where the memories are; by default memory/ in Shoal's data directory.
+        status: active, candidate, demoted, rejected, removed, or all.
+        family: Only those about this environment.
+        user: Only those of this user.
+    """
+    states = ("active", "candidate", "demoted", "rejected", "removed")
+    if status not in (*states, "all"):
+        raise ConfigError(f"there is no status {status!r}.", f"It is one of: {', '.join(states)}, all.")
+    now_us = time.time_ns() // 1000
+    with _open(folder, must_exist=True) as keeper:
+        found = [
+            memory
+            for memory in keeper.store.memories(*(states if status == "all" else (status,)))
+            if family in ("", memory.entry.family) and user in ("", memory.entry.scope.user)
+        ]
+        held = keeper.store.held()
+    found.sort(key=lambda memory: (-memory.weight_at(now_us), memory.id))
+    if json:
+        rows = [_row(memory, now_us) for memory in found]
+        print_json({"memories": rows, "active": held[0], "active_bytes": held[1]})
+        return
+    for memory in found:
+        text = " ".join(memory.entry.text.split())
+        short = text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 1]}…"
+        line = f"{memory.id[:SHORT_ID_CHARS]}  {memory.weight_at(now_us):.3f}  {memory.uses:6}  "
+        console().print(f"{line}{memory.status:10}{memory.entry.family}: {short}", markup=False, soft_wrap=True)
+    note(f"{len(found)} shown; {held[0]} active, {held[1]} bytes.")
+
+
+@app.command
+def show(entry: str, /, *, folder: Path | None = None, json: Json = False) -> None:
+    """Show one memory: its words, where it comes from, how it stands, and every event that made it so.
+
+    For example:
+
+        shoal memory show 3f9c2a
+
+    Args:
+        entry: The beginning of its id.
+        folder: Where the memories are; by default memory/ in Shoal's data directory.
+    """
+    from shoal.protocol.codec import builtins
+
+    now_us = time.time_ns() // 1000
+    with _open(folder, must_exist=True) as keeper:
+        memory = _find(keeper, entry)
+        history = keeper.store.history(memory)
+        num_trials = len(keeper.store.trials(memory))
+    if json:
+        events = [{"id": event.id, **builtins(event)} for event in history]
+        print_json({**_row(memory, now_us), "trials": num_trials, "events": events})
+        return
+    terminal = console()
+    terminal.print(memory.entry.text, markup=False, soft_wrap=True)
+    for name, value in {**_row(memory, now_us), "trials": num_trials}.items():
+        if name != "text":
+            terminal.print(f"{name:12} {value}", markup=False, soft_wrap=True)
+    for event in history:
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.at_us / 1e6))
+        kind = type(event.body).__name__.lower()
+        terminal.print(f"{event.id[:SHORT_ID_CHARS]}  {when}  {event.node}  {kind}", markup=False, soft_wrap=True)
+
+
+@app.command
+def audit(entry: str = "", /, *, folder: Path | None = None, json: Json = False) -> int:
+    """Recompute admissions from the trials that are kept: one memory's, or all.
+
+    The exit code is 1 if one does not hold.
+
+    For example:
+
+        shoal memory audit
+        shoal memory audit 3f9c2a --json
+
+    Args:
+        entry: The beginning of a memory's id; by default all memories.
+        folder: Where the memories are; by default memory/ in Shoal's data directory.
+    """
+    from shoal.memory.events import Decided
+
+    rows: list[dict[str, Any]] = []
+    with _open(folder, must_exist=True) as keeper:
+        for memory in [_find(keeper, entry)] if entry else list(keeper.store.memories()):
+            for event in keeper.store.history(memory):
+                if isinstance(event.body, Decided):
+                    rows.append(
+                        {
+                            "entry": event.body.entry,
+                            "event": event.id,
+                            "accepted": event.body.accepted,
+                            "trials": event.body.num_trials,
+                            "wrong": keeper.audit(event),
+                        }
+                    )
+    wrong = [row for row in rows if row["wrong"]]
+    if json:
+        print_json({"decisions": rows, "wrong": len(wrong)})
+    else:
+        for row in wrong:
+            console().print(f"{row['entry'][:SHORT_ID_CHARS]}  {row['wrong']}", markup=False, soft_wrap=True)
+        note(f"{len(rows)} decisions recomputed, {len(wrong)} do not hold.")
+    return 1 if wrong else 0
+
+
+@app.command
+def undo(event: str = "", /, *, back_to: int | None = None, folder: Path | None = None, json: Json = False) -> None:
+    """Take one event back, or everything since a position; undoing an undo brings it back.
+
+    For example:
+
+        shoal memory undo 8b1d55
+        shoal memory undo --back-to 1200
+
+    Args:
+        event: The beginning of an event's id, as show prints it.
+        back_to: Undo all that came after this many events.
+        folder: Where the memories are; by default memory/ in Shoal's data directory.
+    """
+    if (not event) == (back_to is None):
+        raise ConfigError("undo takes an event or --back-to, and one of them.", "See shoal memory undo --help.")
+    with _open(folder, must_exist=True) as keeper:
+        before = keeper.store.position
+        if back_to is not None:
+            if not 0 <= back_to <= before:
+                raise ConfigError(f"there is no position {back_to}.", f"The store has {before} events.")
+            targets = keeper.store.ids_since(back_to)
+        else:
+            targets = [i for i in keeper.store.ids_since(0) if i.startswith(event)]
+            if len(targets) != 1:
+                raise RecordError(f"{len(targets)} events begin with {event!r}.", "`shoal memory show` lists them.")
+        keeper.undo(targets)
+    if json:
+        print_json({"undone": len(targets), "position_before": before})
+        return
+    note(f"{len(targets)} events undone; back again by: shoal memory undo --back-to {before}")
+
+
+@app.command
+def add(
+    text: str,
+    /,
+    *,
+    family: str,
+    user: str = "",
+    ttl_days: float = 0.0,
+    folder: Path | None = None,
+    json: Json = False,
+) -> None:
+    """Write a candidate down; it is used once trials have shown that it helps.
+
+    For example:
+
+        shoal memory add "Write the carry above the next column." --family arithmetic
+
+    Args:
+        text: What to remember.
+        family: The environment whose tasks it is about.
+        user: Whom it is for; by default everybody.
+        ttl_days: Days until it expires; 0 keeps it.
+        folder: Where the memories are; by default memory/ in Shoal's data directory.
+    """
+    from shoal.memory.extract import screen
+    from shoal.memory.records import Entry, Provenance, Scope
+    from shoal.memory.screening import find_order, normalise
+
+    shown = normalise(text)
+    if order := find_order(text):
+        raise RecordError(
+            f"the text was refused: order to the reader: {order}.", "Write what was learnt in plain words."
+        )
+    if reason := screen(shown):
+        raise RecordError(f"the text was refused: {reason}.", "Write what was learnt in plain words.")
+    entry = Entry(
+        text=shown,
+        family=family,
+        scope=Scope(user=user),
+        ttl_s=ttl_days * 86400.0,
+        provenance=Provenance(rule="manual"),
+    )
+    with _open(folder) as keeper:
+        memory = keeper.add(entry)
+    if json:
+        print_json({"id": memory.id, "status": memory.status, "new": memory.id == entry.id})
+        return
+    console().print(f"{memory.id}  {memory.status}", markup=False)
+
+
+@app.command
+def export(output: Path | None = None, /, *, folder: Path | None = None, json: Json = False) -> None:
+    """Write all events as JSON Lines: enough to rebuild the memories anywhere, evidence included.
+
+    For example:
+
+        shoal memory export memories.jsonl
+
+    Args:
+        output: Where to write; by default standard output.
+        folder: Where the memories are; by default memory/ in Shoal's data directory.
+    """
+    from shoal.errors import StorageError
+    from shoal.protocol.codec import to_json
+
+    if output is None and json:
+        raise ConfigError("--json and the events cannot both have standard output.", "Name a file.")
+    count = position = 0
+    with _open(folder, must_exist=True) as keeper:
+        try:
+            with output.open("wb") if output else open(sys.stdout.fileno(), "wb", closefd=False) as file:
+                while True:
+                    events, position = keeper.store.events_since(before := position, EXPORT_EVENTS)
+                    for event in events:
+                        file.write(to_json(event) + b"\n")
+                    count += len(events)
+                    if position == before:
+                        break
+        except OSError as error:
+            raise StorageError(f"{output} cannot be written: {error.strerror}.", "Name another file.") from None
+    if json:
+        print_json({"file": str(output), "events": count})
+    else:
+        note(f"{count} events written.")
+
+
+def _open(folder: Path | None, *, must_exist: bool = False) -> Keeper:
+    from shoal.fabric.identity import Identity, data_dir
+    from shoal.memory.keeper import Keeper
+
+    where = folder or data_dir() / "memory"
+    if must_exist and not (where / "memory.db").exists():
+        raise ConfigError(f"there are no memories in {where}.", "Name their folder by --folder, or add one.")
+    return Keeper(where, Identity.load_or_create(data_dir()).node_id)
+
+
+def _find(keeper: Keeper, prefix: str) -> Memory:
+    found = keeper.store.find(prefix) if prefix else []
+    if len(found) != 1:
+        many = "several memories begin" if found else "no memory begins"
+        raise RecordError(f"{many} with {prefix!r}.", "`shoal memory list --status all` shows them.")
+    memory = keeper.store.memory(found[0])
+    if memory is None:
+        raise RecordError(f"the memory {prefix!r} is gone.", "`shoal memory list --status all` shows them.")
+    return memory
+
+
+def _row(memory: Memory, now_us: int) -> dict[str, Any]:
+    entry = memory.entry
+    return {
+        "id": memory.id,
+        "status": memory.status,
+        "weight": memory.weight_at(now_us),
+        "utility": memory.utility,
+        "uses": memory.uses,
+        "family": entry.family,
+        "user": entry.scope.user,
+        "rule": entry.provenance.rule,
+        "context": entry.provenance.context,
+        "members": list(memory.members),
+        "text": entry.text,
+    }

@@ -1,0 +1,113 @@
+"""Rings of real stages in one process: real links on loopback, no control room around them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import torch
+from engine_cases import local
+from torch import Tensor
+
+from shoal.engine.pipeline.hub import Hub
+from shoal.engine.pipeline.lanes import PipelineEngine
+from shoal.engine.pipeline.node import StageNode
+from shoal.engine.pipeline.ring import Rings
+from shoal.engine.pipeline.weights import chosen
+from shoal.fabric.identity import Identity
+from shoal.protocol.stage import Assignment, LinkAddress
+
+PATIENCE_S = 60.0
+
+
+class RingOfStages:
+    """A requester and its stages; layers are assigned by hand."""
+
+    def __init__(self, directory: Path, lanes: int, patience_s: float) -> None:
+        self.model = local(directory)
+        self.rings = Rings(patience_s)
+        self.identity = Identity.generate()
+        self.lost: list[bytes] = []
+        self.hub = Hub(self.identity, lambda key: key in self.nodes, self._on_lost)
+        self.home: LinkAddress
+        self.nodes: dict[bytes, StageNode] = {}
+        self.addresses: dict[bytes, LinkAddress] = {}
+        self.tasks: dict[bytes, asyncio.Task[None]] = {}
+        self.epoch = 0
+        self.loaded: list[set[str]] = []
+        self.engine = PipelineEngine(
+            self.model, self.rings, dtype="fp32", lanes=lanes, threads=1,
+            max_sequences=16, cache_tokens=4096, context_tokens=256, prefill_tokens=64,
+        )  # fmt: skip
+
+    def _on_lost(self, key: bytes, why: str) -> None:
+        self.lost.append(key)
+        self.rings.close(why)
+
+    async def add(self) -> bytes:
+        """One more stage, without layers yet."""
+        identity = Identity.generate()
+
+        async def tensors(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+            self.loaded.append(set(shapes))
+            return chosen(self.model, shapes)
+
+        node = StageNode(
+            identity, self.model.config(), torch.float32, torch.device("cpu"), threads=1, tensors=tensors,
+            allow=lambda key: key in self.nodes,
+        )  # fmt: skip
+        key = identity.public_key
+        self.nodes[key] = node
+        self.addresses[key] = await node.listen("127.0.0.1")
+        self.tasks[key] = asyncio.create_task(node.run(self.home))
+        assert await self.hub.linked(key, PATIENCE_S)
+        return key
+
+    async def assign(self, keys: Sequence[bytes], cuts: Sequence[int]) -> None:
+        """Layers between the cuts to these stages, and open the ring."""
+        self.epoch += 1
+        self.rings.close("layers are assigned anew.")
+        edges = [0, *cuts, self.engine.num_layers]
+        for place, key in enumerate(keys):
+            last = place == len(keys) - 1
+            await self.nodes[key].assign(
+                Assignment(
+                    epoch=self.epoch,
+                    stage=place,
+                    num_stages=len(keys),
+                    first=edges[place],
+                    last=edges[place + 1],
+                    lanes=len(self.engine.lanes),
+                    lane_slots=self.engine.lane_slots,
+                    lane_tokens=self.engine.lane_tokens,
+                    previous=keys[place - 1] if place else b"",
+                    next=None if last else self.addresses[keys[place + 1]],
+                )
+            )
+        self.rings.open(self.hub.ring(self.epoch, keys, lambda: None))
+
+    async def kill(self, key: bytes) -> None:
+        """As if its process were gone."""
+        self.tasks[key].cancel()
+        await asyncio.gather(self.tasks[key], return_exceptions=True)
+        await self.nodes.pop(key).close()
+
+
+@asynccontextmanager
+async def ring_of(
+    directory: Path, cuts: Sequence[int], *, lanes: int = 1, patience_s: float = PATIENCE_S
+) -> AsyncIterator[RingOfStages]:
+    """A ring whose layers are cut there, ready."""
+    ring = RingOfStages(directory, lanes, patience_s)
+    ring.home = await ring.hub.start("127.0.0.1")
+    try:
+        keys = [await ring.add() for _ in range(len(cuts) + 1)]
+        await ring.assign(keys, cuts)
+        yield ring
+    finally:
+        await ring.engine.close()
+        for key in list(ring.nodes):
+            await ring.kill(key)
+        await ring.hub.close()

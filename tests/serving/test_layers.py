@@ -1,0 +1,59 @@
+"""What the planner is told of a pipeline's stages."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.planning.partition import Partition, Placement
+from shoal.protocol.stage import LinkAddress, StageOffer
+from shoal.serving.layers import NOISE, Peer, is_better, known, levelled, view
+
+KEYS = [bytes([n]) * 32 for n in range(4)]
+
+
+def peer(number: int, *, seconds: float = 0.001, delay_s: float = 0.0) -> Peer:
+    address = LinkAddress(host="127.0.0.1", port=1000 + number, public_key=KEYS[number])
+    offer = StageOffer(address=address, max_layers=10, seconds_per_layer=seconds, delay_s=delay_s)
+    return Peer(KEYS[number], f"node{number}", f"stage {number}", "stage", "cpu", offer=offer)
+
+
+@given(st.lists(st.floats(1e-6, 10.0), min_size=1, max_size=12))
+def test_speeds_are_levelled_by_no_more_than_the_noise(speeds: list[float]) -> None:
+    found = levelled(speeds)
+    assert all(low <= speed <= NOISE * low * (1 + 1e-12) for low, speed in zip(found, speeds, strict=True))
+    assert set(found) <= set(speeds) and min(found) == min(speeds)
+    assert levelled(found) == found
+
+
+def test_a_delay_that_nobody_measured_is_that_by_way_of_the_requester() -> None:
+    peers = [peer(0, delay_s=0.01), peer(1, delay_s=0.02), peer(2, seconds=0.1)]
+    nodes, delays = known(peers, lambda one, other: 0.005 if {one, other} == {"node0", "node2"} else None)
+    assert [node.seconds_per_layer for node in nodes] == [0.001, 0.001, 0.1]
+    assert delays == [
+        [0.0, 0.01, 0.02, 0.0],
+        [0.01, 0.0, 0.03, 0.005],
+        [0.02, 0.03, 0.0, 0.02],
+        [0.0, 0.005, 0.02, 0.0],
+    ]
+
+
+def test_layers_move_for_a_tenth_or_for_a_stage_that_was_missing() -> None:
+    def plan(stages: int, cycle_s: float) -> Partition:
+        return Partition(tuple(Placement(str(n), n, n + 1) for n in range(stages)), cycle_s, cycle_s, cycle_s)
+
+    assert not is_better(plan(3, 0.95), plan(2, 1.0), wanted=2)
+    assert is_better(plan(3, 0.89), plan(2, 1.0), wanted=2)
+    assert is_better(plan(3, 1.5), plan(2, 1.0), wanted=3)
+    assert not is_better(plan(2, 1.5), plan(3, 1.0), wanted=3)
+
+
+def test_who_could_not_take_layers_is_left_out_for_a_while_and_people_see_who_has_which() -> None:
+    one = peer(0)
+    assert one.may_compute(5.0)
+    one.barred_until = 60.0
+    assert not one.may_compute(5.0) and one.may_compute(60.0)
+    assert view(one, {KEYS[0]: "layers 0 to 4"}).state == "active"
+    assert view(one, {}).state == "idle"
+    one.offer = None
+    assert view(one, {}).state == "lost" and not one.may_compute(100.0)
