@@ -98,7 +98,7 @@ async def test_newer_weights_come_in_while_others_act(engine: LocalEngine, snaps
     await policy.reach(0, exact=False)
     with policy.acting(exact=False):
         running = asyncio.create_task(draw(engine, tokens=48, seed=3))
-        while engine.stats().live == 0:  # noqa: ASYNC110  The engine's thread tells nobody.
+        while engine.stats().live == 0 and not running.done():  # noqa: ASYNC110  The engine's thread tells nobody.
             await asyncio.sleep(0)
         assert set(await act(policy, engine, 1, exact=True)) == {1}, "an exact lease waits for nobody to go forward"
         assert set((await running).versions) <= {0, 1}
