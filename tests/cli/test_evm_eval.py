@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from serving_cases import ChatServer, start
 
 from shoal.cli.app import main
 from shoal.cli.evaluation import EPISODES, REPORT, SETTINGS, SUMMARY
+from shoal.envs.evm.anvil import AnvilChain, find_anvil
 from shoal.envs.evm.evaluation import Played
 from shoal.protocol.codec import read_jsonl
 
@@ -149,6 +151,22 @@ def test_two_do_not_fill_one_folder(runs: Runs, model: Path) -> None:
     until(lambda: (out / EPISODES).exists(), first)
     second = runs.shoal(*arguments, "--json")
     assert second.wait() == 2 and "another process" in second.result["error"]["problem"]
+
+
+def test_a_fork_needs_its_block(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "evm", "--model", str(model), *TYPED, "--fork-url", "http://127.0.0.1:1"]) == 2
+    assert "--fork-url and --fork-block go together" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_anvil() is None, reason="Anvil is not installed (SHOAL_ANVIL, PATH or node_modules)")
+def test_a_model_acts_on_a_fork(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with closing(AnvilChain()) as live:
+        where = ("--fork-url", live.url, "--fork-block", str(live.block_number()))
+        chosen = ("--model", str(model), *TYPED, "--context-tokens", "2048", "--tasks", "bnb_transfer_basic")
+        done = evaluate(capsys, *chosen, *where, "--out", tmp_path / "fork")
+    assert done["episodes"] == 1
+    assert json.loads((tmp_path / "fork" / SETTINGS).read_text())["fork_url"] == live.url
 
 
 @pytest.mark.slow

@@ -79,6 +79,9 @@ def run(
         port: Serve runs over HTTP there, on loopback, in place of doing one task; 0 takes a free one.
         threads: CPU threads of a model in this process.
     """
+    from shoal.cli.tools import need_packages
+
+    need_packages()
     from shoal.agents.scheduler.log import EventLog
     from shoal.agents.scheduler.records import Budget, RunRequest
     from shoal.agents.tools.mcp_json import read_mcp_json

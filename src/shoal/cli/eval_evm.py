@@ -50,6 +50,8 @@ def run(
     brief: Flag = False,
     official: Path | None = None,
     file: Path | None = None,
+    fork_url: str = "",
+    fork_block: int = 0,
     concurrency: int = 16,
     out: Path | None = None,
     resume: Path | None = None,
@@ -69,6 +71,7 @@ def run(
         shoal eval evm --model runs/NAME --actions typed --groups native erc20
         shoal eval evm --model http://127.0.0.1:8000/v1 --limit 20
         shoal eval evm --endpoint https://api.example.com/v1 --model NAME --api-key-env EXAMPLE_KEY
+        shoal eval evm --fork-url https://rpc.example.com --fork-block 60000000 --concurrency 2
         shoal eval evm --resume runs/eval-evm-20260101-120000
 
     Args:
@@ -91,7 +94,9 @@ def run(
         brief: A short prompt, for small models on payments; with typed actions.
         official: The benchmark's folder of JSON files, for its own wording.
         file: A TOML file of tasks in place of those that come with Shoal.
-        concurrency: Episodes at once.
+        fork_url: JSON-RPC of a live chain, to act on forks of it (by Anvil) instead of the offline chain.
+        fork_block: The block at which to fork; it pins what the model meets.
+        concurrency: Episodes at once, each on a chain of its own.
         out: Folder of the evaluation; by default a new one under runs. One that was begun there is continued.
         resume: Continue the evaluation in this folder, as it was begun; --rounds may add to it.
         context_tokens: Longest conversation, on this machine.
@@ -127,6 +132,8 @@ def run(
             max_tokens=max_tokens,
             context_tokens=context_tokens,
             temperature=temperature,
+            fork_url=fork_url,
+            fork_block=fork_block,
         )
         path = out or RUNS / time.strftime("eval-evm-%Y%m%d-%H%M%S")
     _check(measured)
@@ -172,6 +179,8 @@ def _key(variable: str) -> str:
 
 def _check(measured: Measured) -> None:
     """Raise `ConfigError` for settings that do not go together."""
+    if bool(measured.fork_url) != bool(measured.fork_block):
+        raise ConfigError("--fork-url and --fork-block go together.", "A fork without its block is never the same.")
     if measured.actions != "typed" and (measured.constrain != "no" or measured.prompt == "brief"):
         raise ConfigError("--constrain and --brief are about typed actions.", "Add --actions typed.")
     if measured.constrain != "no" and measured.mode == "naive":

@@ -19,6 +19,8 @@ from typing import Any, Literal
 import msgspec
 
 from shoal.coordinator.rundir import RunDir
+from shoal.envs.evm.anvil import AnvilChain, Fork
+from shoal.envs.evm.chain import ChainBackend
 from shoal.envs.evm.definition import Definition
 from shoal.envs.evm.evaluation import Constrain, Manner, Mode, Played, instance, play
 from shoal.envs.evm.prompts import Acting
@@ -52,6 +54,9 @@ class Measured(Record, frozen=True):
     max_tokens: int
     context_tokens: int
     temperature: float
+    fork_url: str = ""
+    """JSON-RPC of a live chain to fork; empty for the offline chain."""
+    fork_block: int = 0
 
     def check(self) -> None:
         if not self.tasks or self.rounds < 1:
@@ -176,7 +181,7 @@ async def play_all(
 
     async def work() -> None:
         nonlocal voids
-        chain = PyrevmChain()
+        chain = await _chain(evaluation.measured)
         try:
             for task, number in waiting:
                 wanted = instance(known[task], number, evaluation.measured.seed)
@@ -203,3 +208,10 @@ async def play_all(
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
+
+
+async def _chain(measured: Measured) -> ChainBackend:
+    """A chain for one episode after the other: offline, or a fork of a live one."""
+    if not measured.fork_url:
+        return PyrevmChain()
+    return await asyncio.to_thread(lambda: AnvilChain(fork=Fork(measured.fork_url, measured.fork_block)))

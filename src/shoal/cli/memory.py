@@ -217,9 +217,11 @@ def add(
         provenance=Provenance(rule="manual"),
     )
     with _open(folder) as keeper:
+        position = keeper.store.position
         memory = keeper.add(entry)
+        new = keeper.store.position > position
     if json:
-        print_json({"id": memory.id, "status": memory.status, "new": memory.id == entry.id})
+        print_json({"id": memory.id, "status": memory.status, "new": new})
         return
     console().print(f"{memory.id}  {memory.status}", markup=False)
 

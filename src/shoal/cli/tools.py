@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,16 @@ from shoal.cli.parameters import Json
 from shoal.errors import ConfigError
 
 app = App(name="tools", help="Serve Shoal's tools over MCP, and look at the tools of an mcp.json.")
+
+PACKAGES = ("mcp", "mcp_types", "jsonschema_rs", "opentelemetry", "pypdf")
+"""What comes with the extra `agents`."""
+
+
+def need_packages() -> None:
+    """Raise `ConfigError` where the packages that agents need are not installed."""
+    for name in PACKAGES:
+        if find_spec(name) is None:
+            raise ConfigError(f"agents need the package {name}.", "Install it: pip install 'shoal[agents]'.")
 
 
 @app.command
@@ -32,6 +43,7 @@ def serve(name: str, /, *, root: Path | None = None, port: int | None = None, ho
     """
     import logging
 
+    need_packages()
     from shoal.agents.builtin.catalogue import builtin_tools
     from shoal.agents.tools.mcp_server import http_app, make_server, serve_stdio
     from shoal.config import is_loopback
@@ -67,6 +79,7 @@ def list_(file: Path | None = None, /, *, json: Json = False) -> None:
     Args:
         file: An mcp.json; without one, the built-in tools' names.
     """
+    need_packages()
     from shoal.agents.builtin.catalogue import BUILTIN
     from shoal.agents.tools.mcp_json import read_mcp_json
 

@@ -76,7 +76,7 @@ class Turn(Record, frozen=True):
     prompt_tokens: int
     tokens: int
     seconds: float
-    """Of the model alone."""
+    """Until the model's answer was there; it may have waited for others' first."""
 
 
 class Check(Record, frozen=True):

@@ -32,6 +32,7 @@ h3 { font-size: .95rem; margin: 1rem 0 .25rem; }
 table { border-collapse: collapse; width: 100%; } th, td { text-align: left; padding: .25rem .6rem .25rem 0;
   border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td.name { white-space: nowrap; }
 .bar { background: var(--line); border-radius: 3px; height: .55rem; min-width: 6rem; margin-top: .45rem; }
 .bar i { display: block; height: 100%; border-radius: 3px; background: var(--accent); }
 details { border: 1px solid var(--line); border-radius: 6px; margin: .4rem 0; padding: 0 .8rem; }
@@ -109,7 +110,7 @@ def _episode(one: Played) -> Iterator[str]:
     yield "<h3>Checks</h3><table>"
     for check in one.checks:
         mark, colour = ("✓", "good") if check.passed else ("✗", "bad")
-        yield f'<tr><td class="{colour}">{mark} {escape(check.name)}</td>'
+        yield f'<tr><td class="name {colour}">{mark} {escape(check.name)}</td>'
         yield f'<td class="number {colour}">{check.points if check.passed else 0} / {check.points}</td>'
         yield f"<td><code>{escape(check.that)}</code></td></tr>\n"
     yield "</table>"

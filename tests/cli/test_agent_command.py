@@ -1,0 +1,127 @@
+"""`shoal agent` and `shoal tools`, as a user calls them; the model that decides is an endpoint of the test's."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shoal.agents.scheduler.records import Call, RunEvent, RunRequest
+from shoal.agents.scheduler.state import RunState
+from shoal.cli.agent_tree import tree_of
+from shoal.cli.app import main
+from shoal.protocol.codec import builtins
+
+
+@contextmanager
+def deciding(*decisions: dict[str, Any]) -> Iterator[str]:
+    """An OpenAI-compatible endpoint that makes these decisions."""
+    left = list(decisions)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            content = json.dumps({"thought": "", **left.pop(0)})
+            usage = {"prompt_tokens": 10, "completion_tokens": 5}
+            body = json.dumps({"choices": [{"message": {"content": content}}], "usage": usage}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:
+    assert main([*arguments, "--json"]) == code
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.slow
+def test_a_task_is_done_with_a_built_in_tool_and_kept_in_the_log(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    log = ("--log", str(tmp_path / "runs.db"))
+    calls = [
+        {"id": "a", "tool": "calculator.calculate", "arguments": {"expression": "37 * 41"}},
+        {"id": "b", "tool": "calculator.calculate", "arguments": {"expression": "1 / 0"}},
+    ]
+    with deciding({"calls": calls}, {"answer": "1517"}) as url:
+        done = run(capsys, "agent", "37 * 41?", "--builtin", "calculator", "--endpoint", url, *log)
+    assert done["answer"] == "1517" and done["spent"]["tokens"] == 30 and len(done["calls"]) == 2
+    with deciding({"answer": "again"}) as url:
+        event = next(n for n in range(1, done["last_event"]) if n > 3)
+        forked = run(
+            capsys, "agent", "--fork", f"{done['id']}:{event}", "--endpoint", url, *log, "--builtin", "calculator"
+        )
+    assert forked["answer"] == "again"
+    listed = run(capsys, "agent", "--list", *log)["runs"]
+    assert {(one["run"], one["status"]) for one in listed} == {(done["id"], "done"), (forked["id"], "done")}
+    with deciding() as url:
+        assert run(capsys, "agent", "--resume", done["id"], "--endpoint", url, *log, "--builtin", "calculator") == done
+
+
+def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    log = ("--log", str(tmp_path / "runs.db"))
+    for arguments, words in (
+        (("agent", *log), "nothing to do"),
+        (("agent", "t", "--builtin", "chess", *log), "chess"),
+        (("agent", "t", "--builtin", "corpus", *log), "need a folder"),
+        (("agent", "t", "--tools", str(tmp_path / "no.json"), *log), "cannot be read"),
+        (("agent", "t", "--steps", "0", *log), "out of range"),
+        (("tools", "list", str(tmp_path / "no.json")), "cannot be read"),
+    ):
+        assert words in run(capsys, *arguments, code=2)["error"]["problem"]
+
+
+def test_missing_packages_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.cli.tools.PACKAGES", ("a_package_that_nobody_has",))
+    for arguments in (("agent", "t"), ("tools", "list")):
+        error = run(capsys, *arguments, code=2)["error"]
+        assert "a_package_that_nobody_has" in error["problem"] and "shoal[agents]" in error["remedy"]
+
+
+def test_the_built_in_tools_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "calculator" in run(capsys, "tools", "list")["builtin"]
+
+
+def test_the_tree_shows_every_call_and_nothing_as_markup() -> None:
+    from rich.console import Console
+
+    state = RunState()
+    request = builtins(RunRequest(task="[red]a task[/red]\x1b[31m"))
+    calls = [{"call": builtins(Call(id=f"c{n}", tool="add", arguments={})), "background": False} for n in range(3)]
+    failed = {"kind": "error", "message": "no\x07", "retryable": False, "retry_after_s": 0.0}
+    story: list[tuple[Any, dict[str, Any]]] = [
+        ("run", {"request": request}),
+        ("thought", {"step": 1, "seen": 1, "text": "think", "tokens_in": 1, "tokens_out": 1, "usd": 0.0}),
+        ("plan", {"step": 1, "calls": calls, "answer": None}),
+        ("result", {"call": "c0", "ok": True, "value": "[bold]3", "seconds": 0.1}),
+        ("result", {"call": "c1", "ok": False, "error": failed, "seconds": 0.1}),
+    ]
+    for seq, (kind, data) in enumerate(story, start=1):
+        state.apply(RunEvent(run="r", seq=seq, time=0.0, kind=kind, data=data))
+    written = io.StringIO()
+    Console(file=written, width=100).print(tree_of(state))
+    text = written.getvalue()
+    assert "[red]a task[/red]" in text and "✓ c0 add → [bold]3" in text and "✗ c1 add → error: no" in text
+    assert "… c2 add" in text and "\x1b" not in text and "\x07" not in text
