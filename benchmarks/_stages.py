@@ -199,12 +199,13 @@ def processor_s() -> float:
     return total
 
 
-async def delayed(model: LocalModel, texts: Sequence[str], *, threads: int, tokens: int) -> dict[str, Any]:
+async def delayed(model: LocalModel, texts: Sequence[str], *, threads: int, rounds: int, tokens: int) -> dict[str, Any]:
     """A requester with one stage beside it, and two stages elsewhere; every link between machines takes `LINK_S`."""
     half_ms = 1000 * LINK_S / 2
     network = Network(nodes=tuple(Node(name=name, delay_ms=half_ms) for name in ("home", "one", "two")), tick_ms=0.1)
     async with packet_lab(network) as lab:
-        asked = {"model": str(model.directory), "texts": list(texts), "threads": threads, "tokens": tokens}
+        asked = {"model": str(model.directory), "texts": list(texts), "threads": threads, "rounds": rounds}
+        asked["tokens"] = tokens
         script = [sys.executable, str(Path(__file__)), lab.address("home"), json.dumps(asked)]
         requester = await lab.run("home", script, stdout=asyncio.subprocess.PIPE)
         assert requester.stdout is not None
@@ -227,25 +228,29 @@ async def delayed(model: LocalModel, texts: Sequence[str], *, threads: int, toke
 async def _requester(host: str, asked: dict[str, Any]) -> None:
     model = LocalModel("delayed", Path(asked["model"]))
     threads, tokens = asked["threads"], asked["tokens"]
-    async with local_engine(model, threads, "bf16") as local:
-        local.tokenizer.end_ids = frozenset()
-        prompts = prompts_of(local, asked["texts"])
-        await draw(local, prompts[:1], 4)
-        alone_s = await token_s(local, prompts[:1], tokens)
     with_stages = settings(3, threads, "bf16", local_stages=1, stage_host=host)
-    async with serving_over(model, "delayed", with_stages) as served:
+    alone, one, sixteen = [], [], []
+    async with (
+        local_engine(model, threads, "bf16") as local,
+        serving_over(model, "delayed", with_stages) as served,
+    ):
         print(served.ticket, flush=True)
-        await ready(served, 3)
         engine = served.engine
-        engine.tokenizer.end_ids = frozenset()
-        await draw(engine, prompts[:3], 4)
-        order = [(peer.name, first, last) for peer, first, last in served.stages.placements]
-        one_s = await token_s(engine, prompts[:1], tokens)
+        local.tokenizer.end_ids = engine.tokenizer.end_ids = frozenset()
+        prompts = prompts_of(local, asked["texts"])
+        await ready(served, 3)
+        for engine_ in (local, engine):
+            await draw(engine_, prompts[:1], 4)
         await draw(engine, prompts[:16], 4)
-        sixteen_s = await token_s(engine, prompts[:16], tokens)
+        for _ in range(asked["rounds"]):
+            alone.append(await token_s(local, prompts[:1], tokens))
+            one.append(await token_s(engine, prompts[:1], tokens))
+            sixteen.append(await token_s(engine, prompts[:16], tokens))
+        order = [(peer.name, first, last) for peer, first, last in served.stages.placements]
+        await draw(engine, prompts[:1], 4)
         round_s, busy_s = engine.last_round
-    result = {"alone_s": alone_s, "one_s": one_s, "sixteen_s": sixteen_s, "order": order, "lanes": len(engine.lanes)}
-    print(json.dumps({**result, "round_s": round_s, "busy_s": busy_s}), flush=True)
+    found = {"alone_s": alone, "one_s": one, "sixteen_s": sixteen, "order": order, "lanes": len(engine.lanes)}
+    print(json.dumps({**found, "round_s": round_s, "busy_s": busy_s}), flush=True)
 
 
 if __name__ == "__main__":

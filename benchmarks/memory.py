@@ -4,7 +4,7 @@ Three parts, no model in any. `planted`: memories whose effect on a noisy reward
 through the keeper: screening, trials, the sequential test, a budget; then 10^4 uses. The worlds are simulated, the
 memory room is the real one. `retrieval`: clustered unit vectors with weights, against the exact product. `store`: a
 writer killed again and again, and how long adding and opening take. One thread; every figure is also taken in
-processor time (`_cpu`), because others use this machine. About 8 minutes; `-- --quick` takes one.
+processor time (`_cpu`), because others use this machine. About four minutes; `-- --quick` takes one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 
 from shoal.errors import RecordError, RunError
 from shoal.memory.admission import AdmissionPolicy, decide, discovery_level
-from shoal.memory.controller import Budget, prune
-from shoal.memory.events import Added, Decided, Event, Used
+from shoal.memory.controller import Budget, fade, prune
+from shoal.memory.events import Added, AnyBody, Decided, Event, Used
 from shoal.memory.extract import Refusal, candidate
 from shoal.memory.index import VectorIndex
 from shoal.memory.keeper import Keeper
@@ -209,6 +209,7 @@ def planted(folder: Path, scale: int, seed: int, rows: list[dict[str, Any]]) -> 
     fates: dict[str, list[tuple[str, int]]] = defaultdict(list)
     truth: dict[str, Planted] = {}
     over_budget = 0
+    texts: list[str] = []
     with Keeper(folder, "bench", budget=budget) as keeper:
         for item in stream:
             entry, fate, count = admit(keeper, item, draw, FAMILY, item.effect)
@@ -216,6 +217,7 @@ def planted(folder: Path, scale: int, seed: int, rows: list[dict[str, Any]]) -> 
             if fate == "active":
                 truth[entry] = item
             over_budget += keeper.store.held()[0] > budget.entries
+        texts += [" ".join(memory.entry.text.split()).casefold() for memory in keeper.store.memories("active")]
         shifted = [entry for entry, item in truth.items() if item.kind == "domain-shifted"]
         for entry in shifted:
             twin = keeper.diffuse(entry, OTHER_FAMILY)
@@ -228,6 +230,7 @@ def planted(folder: Path, scale: int, seed: int, rows: list[dict[str, Any]]) -> 
                 audited += 1
                 wrong += bool(keeper.audit(event))
         mass = harmful_mass(keeper, truth, draw, rows)
+        attacked = harmful_mass(keeper, truth, draw, rows, attacked=True)
     for kind, found in sorted(fates.items()):
         admitted = sum(fate == "active" for fate, _ in found)
         whys: dict[str, int] = defaultdict(int)
@@ -245,31 +248,41 @@ def planted(folder: Path, scale: int, seed: int, rows: list[dict[str, Any]]) -> 
         )
 
     def share(kinds: Sequence[str], wanted: bool) -> float:
-        found = [fate == "active" or fate == "rejected: helps" for kind in kinds for fate, _ in fates[kind]]
+        good = ("active", "rejected: helps", "known: active")
+        found = [fate in good for kind in kinds for fate, _ in fates[kind]]
         return sum(hit == wanted for hit in found) / len(found)
 
     return {
-        # One that helps and found no room counts as recognised: the budget, not the test, kept it out.
+        # Recognised is what counts: the budget may keep one out, and its duplicate may have come first.
         "admitted_effect_02plus": share(("effect 0.2", "effect 0.5"), True),
         "harmful_admitted": share(("harmful",), True),
         "neutral_rejected": share(("neutral",), False),
         "leaks_rejected": share(("leak",), False),
-        "duplicates_admitted_again": share(("duplicate",), True),
+        "duplicates_kept_twice": float(len(texts) - len(set(texts))),
         "over_budget": float(over_budget),
         "decisions_audited": float(audited),
         "audits_failed": float(wrong),
         **mass,
+        **{f"{name}_attacked": value for name, value in attacked.items()},
     }
 
 
 def harmful_mass(
-    keeper: Keeper, truth: dict[str, Planted], draw: random.Random, rows: list[dict[str, Any]]
+    keeper: Keeper,
+    truth: dict[str, Planted],
+    draw: random.Random,
+    rows: list[dict[str, Any]],
+    *,
+    attacked: bool = False,
 ) -> dict[str, float]:
-    """Weight that harm still has after 10^4 uses, half as many harmful memories let in unseen as there are others."""
+    """Weight that harm still has after 10^4 uses of what was admitted.
+
+    `attacked`: besides, half as many memories that harm come in with the claim that they were admitted.
+    """
     memories = {memory.id: memory for memory in keeper.store.memories("active") if memory.id in truth}
     effects = {i: t.effect if t.later is None else t.later for i, t in truth.items() if i in memories}
     at_us = 1 + max(memory.last[0] for memory in memories.values())
-    for number in range(max(4, len(memories) // 2)):
+    for number in range(max(4, len(memories) // 2) if attacked else 0):
         entry = Entry(text=f"poison {number}", family=FAMILY, provenance=Provenance(rule="manual"))
         claim = Decided(
             entry=entry.id,
@@ -290,13 +303,16 @@ def harmful_mass(
     topic = {i: draw.randrange(num_topics) for i in names}
     before = mass_of(memories, harmful)
     demoted_after: dict[str, int] = {}
+    shown_late: list[bool] = []
+    used_since: Counter[str] = Counter()
     for turn in range(USES):
         if turn % UPKEEP_EVERY == 0:
+            for faint in fade(list(memories.values()), used_since):
+                memories[faint.entry] = after_event(memories[faint.entry], at_us + 10 + turn, faint)
+            used_since.clear()
             for gone in prune(list(memories.values()), Budget(), at_us):
-                removal = step(memories[gone.entry], Event(at_us=at_us + 10 + turn, node="bench", body=gone))
-                assert isinstance(removal, Memory)
-                memories[gone.entry] = removal
-                demoted_after.setdefault(gone.entry, removal.uses)
+                memories[gone.entry] = after_event(memories[gone.entry], at_us + 10 + turn, gone)
+                demoted_after.setdefault(gone.entry, memories[gone.entry].uses)
         weights = [memories[i].weight if memories[i].status == "active" else 0.0 for i in names]
         if not sum(weights):
             break
@@ -309,15 +325,13 @@ def harmful_mass(
             memory = memories[entry_id]
             if memory.status != "active":
                 continue
+            if turn >= USES - 1000:
+                shown_late.append(entry_id in harmful)
             utility = float(draw.random() < BASE + effects[entry_id]) - BASE
-            event = Event(
-                at_us=at_us + 10 + turn,
-                node="bench",
-                body=Used(entry=entry_id, utility=utility, share=SHOWN / len(names)),
-            )
-            after = step(memory, event)
-            assert isinstance(after, Memory)
+            use = Used(entry=entry_id, utility=utility, share=SHOWN / len(names))
+            after = after_event(memory, at_us + 10 + turn, use)
             memories[entry_id] = after
+            used_since[entry_id] += 1
             if after.status != "active":
                 demoted_after.setdefault(entry_id, after.uses)
     after_mass = mass_of(memories, harmful)
@@ -327,20 +341,27 @@ def harmful_mass(
     rows.append(
         {
             "part": "use",
-            "case": f"{USES} uses",
+            "case": f"{USES} uses{', attacked' if attacked else ''}",
             "count": len(names),
             "harmful": len(harmful),
             "mass_before": before,
             "mass_after": after_mass,
-            "uses_until_demoted_max": max(lost),
             "never_demoted": sum(n < 0 for n in lost),
         }
     )
     return {
         "harmful_weight_mass": after_mass,
         "helpful_kept": len(kept) / max(1, len(good)),
-        "harmful_uses_max": float(max(memories[i].uses for i in harmful)),
+        "helpful_at_half_or_more": sum(memories[i].weight >= 0.5 for i in kept) / max(1, len(good)),
+        "harmful_uses_max": float(max((memories[i].uses for i in harmful), default=0)),
+        "harmful_shown_late": sum(shown_late) / max(1, len(shown_late)),
     }
+
+
+def after_event(memory: Memory, at_us: int, body: AnyBody) -> Memory:
+    after = step(memory, Event(at_us=at_us, node="bench", body=body))
+    assert after is not None, "a memory does not cease by an event"
+    return after
 
 
 def mass_of(memories: dict[str, Memory], harmful: set[str]) -> float:
@@ -366,7 +387,7 @@ def power(rows: list[dict[str, Any]], repeats: int) -> None:
             ends.append((verdict, count))
         curve = {
             f"by_{limit}": sum(v == "accept" and c <= limit for v, c in ends) / repeats
-            for limit in (100, 200, 300, 400)
+            for limit in (100, 200, 300, 400, 500)
         }
         spent = float(np.mean([count for _, count in ends]))
         rows.append({"part": "power", "case": f"effect {effect:g}", "count": repeats, "trials_mean": spent, **curve})

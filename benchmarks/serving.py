@@ -236,11 +236,16 @@ def pipeline(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[
 
 def delays(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Three stages, three links of 30 ms."""
-    found = asyncio.run(_stages.delayed(local, questions(16), threads=options.threads, tokens=options.tokens // 2))
-    model_s = found["alone_s"] + _stages.HOPS * _stages.LINK_S
+    asked = questions(16)
+    found = asyncio.run(
+        _stages.delayed(local, asked, threads=options.threads, rounds=options.rounds, tokens=options.tokens // 2)
+    )
+    model_s = [alone_s + _stages.HOPS * _stages.LINK_S for alone_s in found["alone_s"]]
     headline = {
-        "token_time_over_model": found["one_s"] / model_s,
-        "inflight16_over_one": 16 * found["one_s"] / found["sixteen_s"],
+        "token_time_over_model": statistics.median(a / b for a, b in zip(found["one_s"], model_s, strict=True)),
+        "inflight16_over_one": statistics.median(
+            16 * a / b for a, b in zip(found["one_s"], found["sixteen_s"], strict=True)
+        ),
     }
     return [{"part": "delays", "model_s": model_s, **found}], headline
 

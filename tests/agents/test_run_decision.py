@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.agents.scheduler.decision import (
+    BRIEF_CALLS,
     MAX_CALLS,
     MAX_SCHEMA_BYTES,
     bind,
@@ -34,6 +35,8 @@ def test_the_schema_takes_what_is_possible_and_nothing_else() -> None:
     assert jsonschema_rs.is_valid(full, {"thought": "", "calls": [call_, reference]})
     assert jsonschema_rs.is_valid(full, {"thought": "", "answer": "3"})
     assert jsonschema_rs.is_valid(brief, {"calls": [{"tool": "add", "arguments": {"x": 1, "y": 2}}]})
+    one = {"tool": "add", "arguments": {"x": 1, "y": 2}}
+    assert not jsonschema_rs.is_valid(brief, {"calls": [one] * (BRIEF_CALLS + 1)})
     for wrong in (
         {"thought": "", "calls": []},
         {"thought": "", "calls": [{**call_, "tool": "subtract"}]},

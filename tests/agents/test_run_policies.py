@@ -19,7 +19,7 @@ from starlette.routing import Route
 from shoal.agents.scheduler.endpoint import Endpoint, EndpointPolicy
 from shoal.agents.scheduler.local import SamplerPolicy
 from shoal.agents.scheduler.policy import PolicyError, View
-from shoal.agents.scheduler.prompt import OBSERVATION_CHARS, PROMPT_CHARS, messages
+from shoal.agents.scheduler.prompt import OBSERVATION_CHARS, PROMPT_CHARS, STEP_CHARS, messages
 from shoal.agents.scheduler.records import Budget
 from shoal.agents.scheduler.state import CallState, StepState
 from shoal.agents.tools.outcome import Success, failure
@@ -170,6 +170,16 @@ def test_long_results_are_cut_and_old_steps_left_out() -> None:
     assert sum(len(message.content) for message in made) < PROMPT_CHARS + OBSERVATION_CHARS
     assert "Earlier steps are left out" in made[2].content and "39 x" in made[-1].content
     assert [message.role for message in made[:2]] == ["system", "user"] and "the task" in made[1].content
+
+
+def test_a_thousand_results_leave_room_for_the_rest() -> None:
+    calls = {f"c{n}": CallState(call(f"c{n}", "add", x=n, y=2), step=1, background=False) for n in range(1000)}
+    for state in calls.values():
+        state.outcome = Success(value="x" * 3000)
+    view = View(task="t", cards=CARDS, steps=(StepState("", list(calls)),), calls=calls)
+    made = messages(view, "full")
+    assert len(made[-1].content) < STEP_CHARS + 100 and "993 more are not shown" in made[-1].content
+    assert sum(len(message.content) for message in made) < PROMPT_CHARS
 
 
 def test_a_used_up_budget_is_said_to_the_model() -> None:

@@ -159,6 +159,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_a_killed_scheduler_leaves_no_server_behind() -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", KILLED, str(HERE), stdout=asyncio.subprocess.PIPE, env={**os.environ, **PATHS}
@@ -175,7 +176,11 @@ async def test_a_killed_scheduler_leaves_no_server_behind() -> None:
     ("code", "words"),
     [
         ("import sys; sys.exit('no such thing here')", "no such thing here"),
-        ("print('hello, I speak no MCP', flush=True); import time; time.sleep(60)", "within 1 s"),
+        pytest.param(
+            "print('hello, I speak no MCP', flush=True); import time; time.sleep(60)",
+            "within 1 s",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 async def test_a_server_that_cannot_be_used_says_why(code: str, words: str) -> None:

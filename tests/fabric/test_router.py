@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from shoal import PROTOCOL_VERSION
 from shoal.errors import NetworkError, TicketError
 from shoal.fabric.alive import AliveWatch, Change
 from shoal.fabric.fabric import Fabric
@@ -236,7 +237,7 @@ async def test_runs_on_one_router_do_not_hear_each_other(start_router: StartRout
 
 async def test_somebody_else_at_the_routers_address(start_router: StartRouter) -> None:
     router = await asyncio.to_thread(start_router)
-    false = RouterAddress(1, Identity.generate().public_key, router.address.hosts)
+    false = RouterAddress(PROTOCOL_VERSION, Identity.generate().public_key, router.address.hosts)
     async with await Fabric.listen(Identity.generate(), routers=[false]) as coordinator:
         (problem,) = (await coordinator.unconnected(1.5)).values()
         assert "certificate" in problem
@@ -252,7 +253,9 @@ def test_router_ends_when_told(start_router: StartRouter) -> None:
 
 
 def test_router_lines(tmp_path: Path) -> None:
-    router = RouterAddress(1, Identity.generate().public_key, ("relay.example.org:7447", "[2001:db8::7]:443"))
+    router = RouterAddress(
+        PROTOCOL_VERSION, Identity.generate().public_key, ("relay.example.org:7447", "[2001:db8::7]:443")
+    )
     line = router.encode()
     assert RouterAddress.decode(f" {line[:20]}\n{line[20:]} ") == router == RouterAddress.find(line)
     (tmp_path / "line").write_text(line + "\n")
@@ -260,13 +263,13 @@ def test_router_lines(tmp_path: Path) -> None:
     for text, words in (
         (line[:-1], "cut off or mistyped"),
         (line[:30] + ("A" if line[30] != "A" else "B") + line[31:], "cut off or mistyped"),
-        (Ticket(1, "r", ("tls/1.2.3.4:5",), bytes(32), SECRET).encode(), "not a router line"),
+        (Ticket(PROTOCOL_VERSION, "r", ("tls/1.2.3.4:5",), bytes(32), SECRET).encode(), "not a router line"),
         ("shoalr2" + line[7:], "another version"),
-        (RouterAddress(2, router.key, router.hosts).encode(), "protocol version 2"),
-        (RouterAddress(1, b"short", router.hosts).encode(), "cannot be used"),
-        (RouterAddress(1, router.key, ()).encode(), "cannot be used"),
-        (RouterAddress(1, router.key, ("nowhere",)).encode(), "cannot be used"),
-        (RouterAddress(1, router.key, ("a:1",) * (MAX_ENDPOINTS + 1)).encode(), "cannot be used"),
+        (RouterAddress(PROTOCOL_VERSION + 1, router.key, router.hosts).encode(), "for protocol version"),
+        (RouterAddress(PROTOCOL_VERSION, b"short", router.hosts).encode(), "cannot be used"),
+        (RouterAddress(PROTOCOL_VERSION, router.key, ()).encode(), "cannot be used"),
+        (RouterAddress(PROTOCOL_VERSION, router.key, ("nowhere",)).encode(), "cannot be used"),
+        (RouterAddress(PROTOCOL_VERSION, router.key, ("a:1",) * (MAX_ENDPOINTS + 1)).encode(), "cannot be used"),
     ):
         with pytest.raises(TicketError, match=words):
             RouterAddress.decode(text)

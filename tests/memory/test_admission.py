@@ -7,7 +7,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory_makers import make_entry, make_trial, noisy_trials
 
@@ -40,6 +40,7 @@ def test_e_value_is_the_mixture_of_bets(gains: list[float], mean: float) -> None
     assert math.exp(log_e_value(gains, mean)) == pytest.approx(slow, rel=1e-6)
 
 
+@settings(max_examples=40)
 @given(GAINS, st.randoms())
 def test_evidence_does_not_depend_on_order(gains: list[float], draw: random.Random) -> None:
     shuffled = draw.sample(gains, len(gains))
@@ -58,6 +59,7 @@ def test_a_bet_is_fair_under_the_hypothesis(mean: float, spread: float) -> None:
     assert expected == pytest.approx(1.0, abs=1e-6)
 
 
+@settings(max_examples=40)
 @given(GAINS.filter(lambda g: len(g) > 3), st.floats(0.001, 0.5))
 def test_lower_bound_inverts_the_test_and_lies_below_the_mean(gains: list[float], level: float) -> None:
     bound = lower_bound(gains, level)
@@ -90,15 +92,15 @@ def test_levels_of_all_candidates_together_are_at_most_the_rate() -> None:
 @pytest.mark.parametrize(("effect", "verdict"), [(0.4, "accept"), (0.0, "reject"), (-0.3, "reject")])
 def test_what_helps_is_found_and_what_does_not_is_given_up(effect: float, verdict: str) -> None:
     right = 0
-    for seed in range(10):
+    for seed in range(6):
         trials = noisy_trials(effect, POLICY.max_trials, seed)
         gains = [gain(trial, POLICY) for trial in trials]
         said, count = "continue", 0
         while said == "continue":
-            count += 10
+            count += 20
             said = decide(gains[:count], level=discovery_level(5, 1, 0.05), policy=POLICY).verdict
         right += said == verdict
-    assert right >= 9
+    assert right >= 5
 
 
 def test_gain_is_the_papers_formula_over_its_bound() -> None:

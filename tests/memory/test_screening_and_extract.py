@@ -53,6 +53,11 @@ def test_answers_are_found_however_they_are_written(text: str) -> None:
     assert AnswerFinder(f"Note. {text} End.").holds(["7", "48213"])
 
 
+def test_the_last_of_many_encoded_answers_is_found_too() -> None:
+    listed = " ".join(base64.b64encode(f"answer {n}".encode()).decode() for n in range(48_000, 48_300))
+    assert AnswerFinder(listed).holds(["48299"]) and not AnswerFinder(listed).holds(["48300"])
+
+
 def test_short_answers_are_looked_for_as_words_only() -> None:
     assert AnswerFinder("it is 12").holds(["12"])
     assert not AnswerFinder("it is 3128 or 12.5e3x").holds(["128"])

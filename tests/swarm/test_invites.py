@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from swarm_nodes import NOW, RUN, identity
 
+from shoal import PROTOCOL_VERSION
 from shoal.errors import CapacityError, RecordError, StorageError
 from shoal.fabric.join import check_join_request, invitation_of, make_join_request
 from shoal.fabric.ticket import Ticket
@@ -82,7 +83,7 @@ def test_join_request_names_its_secret() -> None:
     node = identity("node")
 
     def request(secret: bytes) -> JoinRequest:
-        ticket = Ticket(1, RUN, ("tcp/127.0.0.1:7447",), NODE, secret)
+        ticket = Ticket(PROTOCOL_VERSION, RUN, ("tcp/127.0.0.1:7447",), NODE, secret)
         return make_join_request(node, ticket, "worker", "me", now=NOW)
 
     def find(asked: JoinRequest) -> bytes:

@@ -25,7 +25,7 @@ from typing import ClassVar, Literal
 import msgspec
 from pydantic import Field
 
-from shoal.agents.scheduler.decision import decision_schema, parse
+from shoal.agents.scheduler.decision import BRIEF_CALLS, decision_schema, parse
 from shoal.agents.scheduler.policy import View
 from shoal.agents.scheduler.prompt import messages, result_line
 from shoal.agents.tools.card import Use
@@ -54,8 +54,6 @@ RIVERS = ("Arle", "Brun", "Cael", "Dorn", "Esk", "Faro", "Glim", "Hest", "Inne",
 
 HELDOUT_SHARE = 0.2
 MAX_DRAWS = 1000
-MAX_CALLS = 8
-"""Of one action; further ones are not performed."""
 
 _ID = re.compile(r"(arithmetic|lookup|documents)-(\d{1,20})")
 
@@ -124,7 +122,7 @@ class ToolUse(Environment):
             return Step(f"That could not be used: {words}.", 0.0, False, self._info(0.0), self._grammar())
         lines: list[str] = []
         reward = 0.0
-        for call in decision.calls[:MAX_CALLS]:
+        for call in decision.calls[:BRIEF_CALLS]:
             self._calls += 1
             outcome = await self._perform(call.tool, call.arguments)
             lines.append(result_line(f"c{self._calls}", call.tool, outcome))

@@ -68,37 +68,41 @@ def run_routes(runs: Runs, streamed: Streamed) -> list[Route]:
         return _json(runs.summary(run), 201)
 
     async def listed(_: Request) -> Response:
-        found = [runs.summary(run) for run, _, _ in runs.log.runs()[:MAX_LISTED]]
-        return _json({"object": "list", "data": found})
+        return _json({"object": "list", "data": runs.newest(MAX_LISTED)})
 
     async def shown(request: Request) -> Response:
-        return _json(_known(runs, request))
+        return _json(runs.summary(_known(runs, request)))
 
     async def events(request: Request) -> Response:
-        run = _known(runs, request)["id"]
+        run = _known(runs, request)
         return streamed(_frames(runs, run, _after(request, run)))
 
     async def cancel(request: Request) -> Response:
-        run = _known(runs, request)["id"]
+        run = _known(runs, request)
         if not runs.cancel(run):
             raise HTTPException(409, f"the run {run} is not being worked on here")
         return _json(runs.summary(run))
 
     async def resume(request: Request) -> Response:
-        run = _known(runs, request)["id"]
-        runs.resume(run)
+        run = _known(runs, request)
+        try:
+            runs.resume(run)
+        except CapacityError as error:
+            raise HTTPException(429, str(error).rstrip(".")) from None
         return _json(runs.summary(run))
 
     async def fork(request: Request) -> Response:
-        run = _known(runs, request)["id"]
+        run = _known(runs, request)
         try:
             made = runs.fork(run, (await _body(request, Fork)).seq)
         except RunError as error:
             raise HTTPException(400, str(error).rstrip(".")) from None
+        except CapacityError as error:
+            raise HTTPException(429, str(error).rstrip(".")) from None
         return _json(runs.summary(made), 201)
 
     async def approve(request: Request) -> Response:
-        run, call = _known(runs, request)["id"], request.path_params["call"]
+        run, call = _known(runs, request), request.path_params["call"]
         said = await _body(request, Approval)
         if not runs.approve(run, call, said.allowed, said.by[:100]):
             raise HTTPException(409, f"the call {call} does not wait for approval")
@@ -131,12 +135,11 @@ async def _frames(runs: Runs, run: str, after: int) -> AsyncGenerator[bytes]:
         yield frame(event)
 
 
-def _known(runs: Runs, request: Request) -> dict[str, Any]:
-    run = request.path_params["run"]
-    try:
-        return runs.summary(run)
-    except RunError:
-        raise HTTPException(404, f"there is no run {run[:64]!r}") from None
+def _known(runs: Runs, request: Request) -> str:
+    run: str = request.path_params["run"]
+    if not runs.log.stored(run, 0, 1):
+        raise HTTPException(404, f"there is no run {run[:64]!r}")
+    return run
 
 
 def _after(request: Request, run: str) -> int:

@@ -64,7 +64,7 @@ class AdmissionPolicy:
     futility_level: float = 0.05
     """How often an entry worth having is given up early, at most."""
     min_trials: int = 8
-    max_trials: int = 400
+    max_trials: int = 500
     """Replay budget of one candidate; each trial is two runs."""
 
     def __post_init__(self) -> None:

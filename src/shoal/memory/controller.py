@@ -9,11 +9,11 @@ on their order.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shoal.errors import ConfigError
-from shoal.memory.events import Merged, Removed
+from shoal.memory.events import Faded, Merged, Removed
 from shoal.memory.screening import words
 from shoal.memory.state import Memory
 
@@ -22,6 +22,11 @@ HARM_USES = 6
 FAINT = 0.25
 """A memory with this many uses, a mean utility below 0 and less than this share of its family's largest weight is
 pruned even where there is room: others are shown before it, so the losses that would demote it never come."""
+
+FADE_USES = 100
+FADE = 0.8
+"""While its family is used this often, a memory that is not used, and that use has not confirmed yet, keeps this share
+of its weight: what is never shown can neither prove itself nor be found out, and may not hold its weight for that."""
 
 MAX_PRUNE_SHARE = 0.1
 TRANSFER = 0.5
@@ -79,6 +84,25 @@ def prune(memories: Sequence[Memory], budget: Budget, now_us: int) -> list[Remov
         chosen.append(Removed(entry=memory.id, reason="expired" if expired else "harmful" if harmful else "pruned"))
         count, size = count - 1, size - text_bytes(memory)
     return chosen
+
+
+def fade(memories: Sequence[Memory], used: Mapping[str, int]) -> list[Faded]:
+    """Which memories lose weight for having been passed over.
+
+    Args:
+        used: uses by memory id since this was last asked.
+    """
+    active = [memory for memory in memories if memory.status == "active"]
+    family_uses: dict[str, int] = {}
+    for memory in active:
+        family_uses[memory.entry.family] = family_uses.get(memory.entry.family, 0) + used.get(memory.id, 0)
+    return [
+        Faded(entry=memory.id, factor=FADE)
+        for memory in active
+        if family_uses[memory.entry.family] >= FADE_USES
+        and not used.get(memory.id)
+        and not (memory.uses >= HARM_USES and memory.utility > 0)
+    ]
 
 
 def make_room(

@@ -126,6 +126,26 @@ class Used(Body, frozen=True, tag="used"):
         return (self.entry,)
 
 
+class Faded(Body, frozen=True, tag="faded"):
+    """An entry was passed over while others of its family were shown, and use had not confirmed it."""
+
+    entry: str
+    factor: float
+    """What its weight is multiplied by."""
+
+    def __post_init__(self) -> None:
+        settle_floats(self, "factor")
+
+    def check(self) -> None:
+        check_hash(self.entry, "an entry's id")
+        if not 0 <= self.factor <= 1:
+            raise RecordError("a fading is not in 0..1.")
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return (self.entry,)
+
+
 class Merged(Body, frozen=True, tag="merged"):
     """Two entries say the same: they become one, whose representative is the older."""
 
@@ -176,7 +196,7 @@ class Undone(Body, frozen=True, tag="undone"):
             check_hash(target, "an event's id")
 
 
-AnyBody = Noted | Added | Tried | Decided | Used | Merged | Removed | Erased | Undone
+AnyBody = Noted | Added | Tried | Decided | Used | Faded | Merged | Removed | Erased | Undone
 
 
 class Event(Record, frozen=True, dict=True):

@@ -12,8 +12,7 @@ Deviations from the paper:
 
     w <- w + alpha * U - beta * f_use, held to 0..1;     U: mean utility of about the last `HORIZON` uses
 
-A memory that loses all (u = -1) is demoted after 18 uses at the latest and removed after 35; one that loses half
-(u = -1/2) after 31 and 62.
+A memory that loses all (u = -1) is demoted after 11 uses at the latest, one that loses half (u = -1/2) after 16.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ import numpy as np
 from shoal.errors import ConfigError, RecordError
 from shoal.memory.abstraction import abstract
 from shoal.memory.admission import AdmissionPolicy, Decision, decide, discovery_level, evidence, gain
-from shoal.memory.controller import TRANSFER, Budget, make_room, may_merge, merge, prune
+from shoal.memory.audit import audit, false_claims
+from shoal.memory.controller import TRANSFER, Budget, fade, make_room, may_merge, merge, prune
 from shoal.memory.embedding import DIMENSIONS, Embedder, HashedEmbedder
 from shoal.memory.events import (
     MAX_TARGETS,
@@ -55,9 +56,6 @@ REFERENCE_US = 1_767_225_600 * 10**6
 
 NEIGHBOURS = 8
 """Nearest memories that a new one is compared with."""
-
-AUDIT_TOLERANCE = 1e-9
-"""Sums of logarithms may differ this much between machines."""
 
 SCOPED_EXTRA = 4
 """A search that is held to a scope or family scores this many times the vectors."""
@@ -99,6 +97,8 @@ class Keeper:
         self.index = VectorIndex(self.embedder.dimensions) if loaded is None or ahead else loaded
         self._recent: deque[str] = deque(maxlen=RECENT_USES)
         self._shares: Counter[str] = Counter()
+        self._used_since: Counter[str] = Counter()
+        """Uses by memory since the last upkeep that found enough of them to judge by."""
         self._follow()
 
     def close(self) -> None:
@@ -162,37 +162,20 @@ class Keeper:
         return decide(gains, level=level, policy=self.policy, num_leaks=num_leaks)
 
     def audit(self, event: Event) -> str:
-        """What is wrong with a recorded decision, recomputed from the trials kept here; empty where it holds.
+        """What is wrong with a recorded decision (`audit.audit`); empty where it holds."""
+        return audit(self.store, self.policy, event)
 
-        Raises:
-            RecordError: the event is no decision, or its trials were erased.
+    def undo_false_claims(self) -> list[str]:
+        """Audit what other nodes admitted, and take back what does not hold; gives those events' ids.
+
+        Call it once their trials have come as well: a decision without its trials does not hold.
         """
-        body = event.body
-        if not isinstance(body, Decided):
-            raise RecordError(f"event {event.id} is no decision.", "`shoal memory show` lists a memory's events.")
-        memory = self._memory(body.entry)
-        if body.members:
-            known = all(self.store.memory(member) is not None for member in body.members)
-            return "" if known else "it follows from an entry that is not known here"
-        earlier = (
-            other.body.trial
-            for other in self.store.history(memory)
-            if isinstance(other.body, Tried) and other.body.entry == body.entry and other.order < event.order
-        )
-        trials, num_leaks = evidence(memory.entry, earlier)
-        level = discovery_level(body.candidate, body.discoveries, self.policy.false_discovery_rate)
-        gains = [gain(trial, self.policy) for trial in trials]
-        found = decide(gains, level=level, policy=self.policy, num_leaks=num_leaks)
-        if found.num_trials != body.num_trials or abs(found.log_e - body.log_e) > AUDIT_TOLERANCE:
-            return (
-                f"{found.num_trials} trials with evidence {found.log_e:.6g} are kept, "
-                f"and it names {body.num_trials} with {body.log_e:.6g}"
-            )
-        if body.accepted != (found.verdict == "accept") and body.reason != "no room":
-            return f"the evidence says {found.verdict} ({found.reason}), and it says accepted = {body.accepted}"
-        if body.accepted and abs(found.mean - body.weight) > AUDIT_TOLERANCE:
-            return f"the mean gain is {found.mean:.6g}, and its weight {body.weight:.6g}"
-        return ""
+        undone: list[str] = []
+        # What followed from a false claim is found once that is gone.
+        while false := false_claims(self.store, self.policy):
+            self.undo(false)
+            undone += false
+        return undone
 
     def _close_admission(self, memory: Memory, decision: Decision) -> None:
         accepted = decision.verdict == "accept"
@@ -293,14 +276,15 @@ class Keeper:
                 self._shares[self._recent[0]] -= 1
             self._recent.append(entry)
             self._shares[entry] += 1
+            self._used_since[entry] += 1
             bodies.append(Used(entry=entry, utility=utility, share=self._shares[entry] / len(self._recent)))
         self._record(*bodies)
 
     # -- upkeep
 
     def maintain(self) -> int:
-        """Merge what says the same, prune what is expired or over budget, and save the index; gives the changes."""
-        changes = self._merge_alike() + self._enforce_budget()
+        """Merge what says the same, fade what is passed over, prune, and save the index; gives the changes."""
+        changes = self._merge_alike() + self._fade() + self._enforce_budget()
         if self.index.wants_training:
             self.index.train()
         self.index.save(self._index_folder)
@@ -329,6 +313,13 @@ class Keeper:
         # Use has said more since: pooling may not lift a weight above what use left of both.
         weight = min(max(0.0, mean), max(first.weight, second.weight))
         self._record(self._follows(memory, weight, "merged", memory.members))
+
+    def _fade(self) -> int:
+        faded = fade(list(self.store.memories("active")), self._used_since)
+        if faded:
+            self._record(*faded)
+            self._used_since.clear()
+        return len(faded)
 
     def _enforce_budget(self) -> int:
         """Prune in passes, each capped and each undoable, until what is expired is gone and the budget holds."""

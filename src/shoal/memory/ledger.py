@@ -229,22 +229,20 @@ class Ledger:
     def _redact_if_erased(self, event: Event) -> None:
         """An event that arrives after the erasure that covers it leaves its id alone."""
         body = event.body
-        if isinstance(body, Noted):
-            users = {body.context.scope.user}
-        else:
-            marks = [self.db.execute("SELECT user FROM owners WHERE entry = ?", (e,)).fetchone() for e in body.entries]
-            users = {mark[0] for mark in marks if mark}
-        users.discard("")
-        if not users:
+        query = "SELECT user FROM owners WHERE entry = ? AND user != ''"
+        owned = {entry: row[0] for entry in body.entries if (row := self.db.execute(query, (entry,)).fetchone())}
+        noted = body.context.scope.user if isinstance(body, Noted) else ""
+        if not owned and not noted:
             return
         for (data,) in self.db.execute("SELECT body FROM events WHERE kind = 'erased'").fetchall():
             erasure = self.read(data)
             assert isinstance(erasure.body, Erased), "the table says what it is"
-            if erasure.body.user in users:
-                positions = [p for entry in body.entries for p in self._positions_of(entry)]
-                if isinstance(body, Noted):
-                    positions = [self.position]
-                self._redact(positions, erasure.order)
+            user = erasure.body.user
+            # Only the user's own entries: a merge also names others'.
+            positions = [p for entry, owner in owned.items() if owner == user for p in self._positions_of(entry)]
+            if noted == user:
+                positions.append(self.position)
+            self._redact(positions, erasure.order)
 
     @staticmethod
     def read(data: bytes) -> Event:

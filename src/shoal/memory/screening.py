@@ -25,8 +25,8 @@ MAX_RECALLED_SHARE = 0.3
 MIN_COMPACT_CHARS = 4
 """Shorter answers are looked for as words only: run together, they turn up by chance."""
 
-MAX_ENCODED = 64
-"""Stretches of a text that are tried as base64 or hexadecimal."""
+MAX_ENCODED = 1024
+"""Stretches of a text that are tried as base64 or hexadecimal: no entry has room for more."""
 
 _INVISIBLE = re.compile(r"[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\U000e0000-\U000e007f]")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -18,7 +18,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from shoal.memory.events import Added, Decided, Erased, Event, Merged, Removed, Undone, Used
+from shoal.memory.events import Added, Decided, Erased, Event, Faded, Merged, Removed, Undone, Used
 from shoal.memory.evolution import Standing, aged, evolve
 from shoal.memory.records import Entry
 from shoal.protocol.codec import Record
@@ -74,10 +74,12 @@ def step(memory: Memory | None, event: Event) -> Memory | None:
     if memory is None:
         return None
     memory = replace(memory, last=event.order)
-    if not isinstance(body, Decided | Used | Removed) or body.entry not in memory.members:
+    if not isinstance(body, Decided | Used | Faded | Removed) or body.entry not in memory.members:
         return memory
     if isinstance(body, Used):
         return _used(memory, body, event.at_us)
+    if isinstance(body, Faded):
+        return replace(memory, weight=memory.weight * body.factor)
     if isinstance(body, Removed):
         return replace(memory, status="removed", weight=0.0) if body.entry == memory.id else memory
     if body.accepted:

@@ -29,6 +29,9 @@ MAX_DECISION_CHARS = 1 << 20
 MAX_CALLS = 1000
 """Of one decision."""
 
+BRIEF_CALLS = 8
+"""Of one decision in the brief form: small models that have begun to repeat themselves don't end a list."""
+
 MAX_SCHEMA_BYTES = 48 * 1024
 """A larger schema leaves the arguments open; they are checked against the card all the same."""
 
@@ -74,7 +77,8 @@ def _schema(cards: Mapping[str, ToolCard], form: Form, *, must_answer: bool, typ
             name = {"type": "string", "pattern": "^[a-z][a-z0-9_]{0,15}$"}
             fields = {"id": name, **fields, "after": {"type": "array", "items": name, "maxItems": 16}}
         calls.append(_object(fields, optional=("after",)))
-    act = {**thought, "calls": {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": MAX_CALLS}}
+    most = MAX_CALLS if form == "full" else BRIEF_CALLS
+    act = {**thought, "calls": {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most}}
     return {"anyOf": [_object(act), answer]}
 
 

@@ -21,6 +21,12 @@ from shoal.protocol.chat import Message
 OBSERVATION_CHARS = 4000
 """Of one result."""
 
+STEP_CHARS = 24_000
+"""Of the results of one decision together; of those beyond it only the number is told."""
+
+CALLS_SHOWN = 64
+"""Of one earlier decision."""
+
 PROMPT_CHARS = 48_000
 """Of all messages; the oldest observations are left out beyond it."""
 
@@ -93,7 +99,7 @@ def _said(step: StepState, calls: Mapping[str, CallState], form: Form) -> str:
     if step.answer is not None:
         return _json({**thought, "answer": step.answer})
     written = []
-    for call in (calls[one].call for one in step.calls):
+    for call in (calls[one].call for one in step.calls[:CALLS_SHOWN]):
         one: dict[str, Any] = {"tool": call.tool, "arguments": call.arguments}
         written.append({"id": call.id, **one, "after": list(call.after)} if form == "full" else one)
     return _json({**thought, "calls": written})
@@ -116,7 +122,16 @@ def _observed(step: StepState, number: int, view: View, shown: set[str]) -> str:
             continue
         shown.add(name)
         lines.append(result_line(name, state.call.tool, state.outcome))
-    return "\n".join(lines) or "(nothing new)"
+    return _cut(lines) or "(nothing new)"
+
+
+def _cut(lines: list[str]) -> str:
+    used = 0
+    for number, line in enumerate(lines):
+        used += len(line) + 1
+        if used > STEP_CHARS:
+            return "\n".join([*lines[:number], f"({len(lines) - number} more are not shown)"])
+    return "\n".join(lines)
 
 
 def result_line(name: str, tool: str, outcome: Outcome) -> str:

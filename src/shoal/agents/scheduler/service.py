@@ -146,17 +146,9 @@ class Runs:
         """A run for people: where it stands, what it spent, its calls."""
         state = self.state(run)
         assert state.request is not None
-        last = state.end
-        status = "running" if run in self._tasks else "interrupted"
-        if last is not None:
-            status = "done" if last.kind == "final" else last.data["reason"]
+        last = {} if state.end is None else state.end.data
         return {
-            "id": run,
-            "object": "run",
-            "status": status,
-            "task": state.request.task,
-            "answer": last.data.get("answer") if last is not None else None,
-            "error": last.data.get("message") if last is not None and last.kind == "error" else None,
+            **self._brief(run, state.request.task, state.end is not None, last),
             "spent": {
                 "steps": len(state.steps),
                 "calls": state.attempts,
@@ -169,6 +161,27 @@ class Runs:
                 for name, call in state.calls.items()
             ],
             "last_event": state.seq,
+        }
+
+    def newest(self, count: int) -> list[dict[str, Any]]:
+        """The newest runs: their tasks, and how they ended."""
+        found = []
+        for run, first, last in self.log.runs()[:count]:
+            task = msgspec.json.decode(first.data)["request"]["task"]
+            found.append(self._brief(run, task, last is not None, msgspec.json.decode(last.data) if last else {}))
+        return found
+
+    def _brief(self, run: str, task: str, has_ended: bool, last: dict[str, Any]) -> dict[str, Any]:
+        status = "running" if run in self._tasks else "interrupted"
+        if has_ended:
+            status = last.get("reason", "done")
+        return {
+            "id": run,
+            "object": "run",
+            "status": status,
+            "task": task,
+            "answer": last.get("answer"),
+            "error": last.get("message"),
         }
 
     async def follow(self, run: str, after: int = 0) -> AsyncGenerator[Stored]:

@@ -90,7 +90,7 @@ class StepLink:
 
 
 async def link_delay(address: LinkAddress) -> float:
-    """One way to where links are taken, in seconds: half of the quickest of a few TCP handshakes; -1 if there is none."""
+    """Seconds one way to where links are taken: half of the quickest of some TCP handshakes; -1 where there is none."""
     loop, best = asyncio.get_running_loop(), float("inf")
     for _ in range(HANDSHAKES):
         started = loop.time()
