@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(300)
 
 def test_workers_join_by_ticket_and_one_leaves(runs: Runs, tmp_path: Path) -> None:
     """No worker starts with the run; one joins from another directory, one midway, one is sent away on the way."""
-    changes = {"envs__digit__type": "tiny:Slow", "run__steps": 16, "workers__max_sequences": 8}
+    changes = {"envs__digit__type": "tiny:Slow", "run__steps": 30, "workers__max_sequences": 8}
     train = runs.train("--workers", "0", **changes)
     run = runs.run
     until(lambda: "shoal worker shoal1" in train.said, train)
@@ -36,12 +36,13 @@ def test_workers_join_by_ticket_and_one_leaves(runs: Runs, tmp_path: Path) -> No
     until(lambda: len(run.steps) >= 1, train, run)
     third = runs.shoal("worker", ticket, "--name", "cellar", "--json", *join, cwd=elsewhere)
     until(lambda: {e["name"] for e in run.events("node.joined")} >= {"attic", "barn", "cellar"}, train, run)
+    until(lambda: any("rollouts/cellar" in step for step in run.steps), train, run)
     first.send(signal.SIGTERM)
     assert first.wait() == 0, first.said
     assert first.result["rollouts"] > 0 and f"left run tiny after {first.result['rollouts']} rollouts" in first.said
     assert train.wait() == 0, train.said + run.logs()
     assert second.wait() == 0 and third.wait() == 0, second.said + third.said
-    run.check(steps=16)
+    run.check(steps=30)
     assert set(train.result["worker_rollouts"]) == {"attic", "barn", "cellar"}
     left = {e["name"]: e["reason"] for e in run.events("node.left") if e["role"] == "worker"}
     assert left == {"attic": "left", "barn": "left", "cellar": "left"}

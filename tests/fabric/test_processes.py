@@ -66,6 +66,8 @@ async def test_stopped_peer_meets_the_deadline(remote: Remote) -> None:
 async def test_stopped_listener_is_a_dead_address(remote: Remote) -> None:
     process, ticket = remote
     process.send_signal(signal.SIGSTOP)
+    # On a busy machine its threads go on for a moment.
+    await asyncio.to_thread(os.waitpid, process.pid, os.WUNTRACED)
     with pytest.raises(NetworkError):
         await Fabric.connect(Identity.generate(), ticket, 1.0)
     process.send_signal(signal.SIGCONT)
