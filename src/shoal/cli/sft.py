@@ -144,7 +144,7 @@ def _fine_tune(out: Path, what: dict[str, Any], settings: Any, checkpoint_every:
     from shoal.engine.source import resolve
     from shoal.engine.tokenizer import Tokenizer
     from shoal.learner.examples import read_examples
-    from shoal.learner.supervised import Plan, num_steps, run
+    from shoal.learner.supervised import Plan, num_heldout, num_steps, run
     from shoal.rollout.host import model_cache
 
     local = resolve(what["model"], model_cache(), note)
@@ -153,6 +153,7 @@ def _fine_tune(out: Path, what: dict[str, Any], settings: Any, checkpoint_every:
     for count, why in ((found.num_too_long, "too long"), (found.num_below_reward, "episodes below the reward")):
         if count:
             note(f"{count} left out: {why}")
+    measured_only = num_heldout(len(found.items), what["heldout"])
     plan = Plan(what["epochs"], what["batch_size"], what["seed"], checkpoint_every)
     path = out / METRICS
     lines = [json_module.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -169,10 +170,9 @@ def _fine_tune(out: Path, what: dict[str, Any], settings: Any, checkpoint_every:
         if line["kind"] == "eval":
             note(f"step {line['step']}: {line['nll']:.4f} nats a held-out token")
         else:
-            total = num_steps(len(found.items) - num_heldout, plan)
+            total = num_steps(len(found.items) - measured_only, plan)
             note(f"step {line['step']}/{total}: loss {line['loss']:.4f}, {line['tokens']:.0f} tokens")
 
-    num_heldout = min(len(found.items) - 1, round(what["heldout"] * len(found.items)))
     try:
         run(
             local,
@@ -194,7 +194,7 @@ def _fine_tune(out: Path, what: dict[str, Any], settings: Any, checkpoint_every:
     return {
         "model": str(out / "model"),
         "examples": len(found.items),
-        "examples_heldout": num_heldout,
+        "examples_heldout": measured_only,
         "examples_too_long": found.num_too_long,
         "steps": len(steps),
         "loss": steps[-1]["loss"],

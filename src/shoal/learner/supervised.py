@@ -94,6 +94,11 @@ class SupervisedTrainer(Trainer):
         return supervised_loss(logprobs, weights.float().to(logprobs.device), entropy)
 
 
+def num_heldout(num_examples: int, share: float) -> int:
+    """How many examples are only measured; at least one is left to learn from."""
+    return min(num_examples - 1, round(share * num_examples))
+
+
 def num_steps(num_examples: int, plan: Plan) -> int:
     """Of the whole run."""
     return plan.epochs * math.ceil(num_examples / plan.batch_size)
@@ -170,9 +175,9 @@ def run(
     torch.set_num_threads(settings.threads)
     order = list(range(len(examples)))
     random.Random(stable_int("sft-heldout", plan.seed)).shuffle(order)
-    num_heldout = min(len(order) - 1, round(heldout_share * len(order)))
-    heldout = [examples[index] for index in order[:num_heldout]]
-    train = [examples[index] for index in order[num_heldout:]]
+    cut = num_heldout(len(order), heldout_share)
+    heldout = [examples[index] for index in order[:cut]]
+    train = [examples[index] for index in order[cut:]]
     model = load_policy(local, dtype, settings.device)
     trainer = fine_tune(model, settings, plan, train, heldout, directory / "checkpoints", on_metrics, on_resume)
     trainer.save_pretrained(directory / "model", tokenizer.hf)
