@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.agents.environment import ToolUse, question
+from shoal.agents.tools.schema import Schema
 from shoal.engine.local import LocalEngine
 from shoal.engine.source import LocalModel
+from shoal.envs.base import Observation, Step
 from shoal.envs.registry import make
 from shoal.errors import ConfigError, TaskError
 from shoal.protocol.episode import Task
@@ -83,6 +85,32 @@ async def test_what_earns_nothing() -> None:
         await env.reset(Task(env="tools", id="arithmetic-x", seed=0))
     with pytest.raises(ConfigError):
         make(PATH, {"kinds": ["chess"]})
+
+
+async def test_under_seen_only_what_was_read_can_be_written() -> None:
+    env = make(PATH, {"constrain": "seen"}, name="tools")
+    task = Task(
+        env="tools", id=f"arithmetic-{next(n for n in range(99) if '+' in question('arithmetic', n).text)}", seed=0
+    )
+    began = await env.reset(task)
+    a, b, c = (int(one) for one in re.findall(r"\d+", began.messages[-1].content))
+
+    def allowed(step: Step | Observation, action: str) -> bool:
+        assert step.grammar is not None
+        return not Schema(json.loads(step.grammar.text), "decision").problem(json.loads(action))
+
+    first, second = calls(("multiply", {"x": a, "y": b})), calls(("add", {"x": a * b, "y": c}))
+    assert allowed(began, first) and not allowed(began, second) and not allowed(began, reply(a * b + c))
+    made = await env.step(first)
+    assert allowed(made, second) and allowed(made, reply(a * b)) and not allowed(made, reply(1))
+    summed = await env.step(second)
+    assert (await env.step(reply(a * b + c))).info["strict"] == 1.0
+    assert allowed(summed, reply(a * b + c)) and not allowed(summed, calls(("price", {"item": "cost"})))
+
+    await env.reset(env.task("train", 1, 0))
+    for _ in range(3):
+        failed = await env.step(calls(("price", {"item": "cost"})))
+    assert allowed(failed, reply("unknown")) and not allowed(failed, reply(12)), "no number was read"
 
 
 actions_drawn = st.lists(

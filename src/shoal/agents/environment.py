@@ -8,6 +8,9 @@ lengths that stand in a text. An action is a decision in the brief form (`schedu
 made from the tools' cards; calls of one action are performed in their order. The tools are functions of the task, so
 an episode can be played again anywhere.
 
+With `constrain = "seen"` numbers and words in an action, the answer's too, are only such as the question or a result
+contains: a small model then begins with a choice among what it read, and learns which.
+
 Reward: 1 for the right number as the answer. `tool_reward` of it is earned already by the first call whose result the
 answer is made of, so that an untrained model has something to learn from.
 
@@ -17,18 +20,19 @@ Invariants: the splits share no question; an episode depends on its task and its
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import msgspec
+from msgspec import structs
 from pydantic import Field
 
 from shoal.agents.scheduler.decision import BRIEF_CALLS, decision_schema, parse
 from shoal.agents.scheduler.policy import View
 from shoal.agents.scheduler.prompt import messages, result_line
-from shoal.agents.tools.card import Use
+from shoal.agents.tools.card import ToolCard, Use
 from shoal.agents.tools.function import FunctionTool, ToolError
 from shoal.agents.tools.outcome import Outcome, Success, failure
 from shoal.agents.tools.schema import Schema
@@ -55,6 +59,12 @@ RIVERS = ("Arle", "Brun", "Cael", "Dorn", "Esk", "Faro", "Glim", "Hest", "Inne",
 HELDOUT_SHARE = 0.2
 MAX_DRAWS = 1000
 
+UNKNOWN = "unknown"
+"""The answer of an agent that has read no number."""
+
+_NUMBER = re.compile(r"(?<![\w.])-?\d{1,15}")
+"""Not the 1 of `c1`, which names a call."""
+
 _ID = re.compile(r"(arithmetic|lookup|documents)-(\d{1,20})")
 
 
@@ -67,6 +77,8 @@ class ToolUseSettings(EnvironmentSettings):
     """Actions of an episode; the last one can only be an answer."""
     tool_reward: float = Field(default=0.2, ge=0, lt=1)
     """Part of the reward that the first useful call earns."""
+    constrain: Literal["form", "seen"] = "form"
+    """`form`: a decision that the tools' cards allow; `seen`: besides, only numbers and words that were read."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +119,7 @@ class ToolUse(Environment):
         self._schemas = {name: Schema(card.parameters, name) for name, card in self._cards.items()}
         self._turns = self._calls = 0
         self._useful = False
+        self._seen = [self._question.text]
         said = messages(View(task=self._question.text, cards=self._cards), "brief")
         return Observation(tuple(said), self._grammar())
 
@@ -129,6 +142,7 @@ class ToolUse(Environment):
             if isinstance(outcome, Success) and outcome.value in self._question.steps and not self._useful:
                 self._useful = True
                 reward = self.settings.tool_reward
+        self._seen += lines
         return Step("\n".join(lines), reward, False, self._info(0.0), self._grammar())
 
     async def _perform(self, name: str, arguments: dict[str, object]) -> Outcome:
@@ -148,8 +162,26 @@ class ToolUse(Environment):
     def _grammar(self) -> Grammar:
         """What the next action must match: on the last turn an answer."""
         last = self._turns >= self.settings.max_turns - 1
-        schema = decision_schema(self._cards, "brief", must_answer=last)
+        if self.settings.constrain == "form":
+            schema = decision_schema(self._cards, "brief", must_answer=last)
+        else:
+            schema = seen_schema(self._cards, self._seen, must_answer=last)
         return Grammar(kind="json_schema", text=msgspec.json.encode(schema).decode())
+
+
+def seen_schema(cards: Mapping[str, ToolCard], texts: Sequence[str], *, must_answer: bool) -> dict[str, Any]:
+    """A decision whose numbers and words stand in `texts`, the question first; an answer is a number."""
+    read = "\n".join(texts)
+    numbers = list(dict.fromkeys(int(digits) for digits in _NUMBER.findall(read)))
+    words = list(dict.fromkeys(re.findall(r"[A-Za-z]{3,20}", texts[0])))
+    allowed = {"integer": {"type": "integer", "enum": numbers}, "string": {"type": "string", "enum": words}}
+    narrowed = {}
+    for name, card in cards.items():
+        wanted = {key: allowed.get(schema.get("type"), schema) for key, schema in card.parameters["properties"].items()}
+        if all(schema.get("enum", True) for schema in wanted.values()):
+            narrowed[name] = structs.replace(card, parameters={**card.parameters, "properties": wanted})
+    answer = {"type": "string", "enum": [str(number) for number in numbers] or [UNKNOWN]}
+    return decision_schema(narrowed, "brief", must_answer=must_answer, answer=answer)
 
 
 def question(kind: Kind, number: int) -> Question:

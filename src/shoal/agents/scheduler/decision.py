@@ -37,6 +37,8 @@ MAX_SCHEMA_BYTES = 48 * 1024
 
 RESULT = "$result"
 
+ANY_TEXT: Mapping[str, Any] = {"type": "string"}
+
 _ID = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_ID_CHARS}}}")
 _OPEN: dict[str, Any] = {"type": "object"}
 
@@ -54,19 +56,28 @@ class _Written(msgspec.Struct):
     answer: str | None = None
 
 
-def decision_schema(cards: Mapping[str, ToolCard], form: Form, *, must_answer: bool = False) -> dict[str, Any]:
-    """What the next decision must match; arguments are typed by the cards as far as `MAX_SCHEMA_BYTES` allows."""
-    made = _schema(cards, form, must_answer=must_answer, typed=True)
+def decision_schema(
+    cards: Mapping[str, ToolCard], form: Form, *, must_answer: bool = False, answer: Mapping[str, Any] = ANY_TEXT
+) -> dict[str, Any]:
+    """What the next decision must match; arguments are typed by the cards as far as `MAX_SCHEMA_BYTES` allows.
+
+    Args:
+        answer: the schema of an answer's text.
+    """
+    end = _object({**_thought(form), "answer": dict(answer)})
+    if must_answer or not cards:
+        return end
+    made = {"anyOf": [_acts(cards, form, typed=True), end]}
     if len(msgspec.json.encode(made)) > MAX_SCHEMA_BYTES:
-        made = _schema(cards, form, must_answer=must_answer, typed=False)
+        made = {"anyOf": [_acts(cards, form, typed=False), end]}
     return made
 
 
-def _schema(cards: Mapping[str, ToolCard], form: Form, *, must_answer: bool, typed: bool) -> dict[str, Any]:
-    thought = {"thought": {"type": "string", "maxLength": 600}} if form == "full" else {}
-    answer = _object({**thought, "answer": {"type": "string"}})
-    if must_answer or not cards:
-        return answer
+def _thought(form: Form) -> dict[str, Any]:
+    return {"thought": {"type": "string", "maxLength": 600}} if form == "full" else {}
+
+
+def _acts(cards: Mapping[str, ToolCard], form: Form, *, typed: bool) -> dict[str, Any]:
     calls = []
     for card in cards.values():
         arguments = card.parameters if typed and "$defs" not in card.parameters else _OPEN
@@ -78,8 +89,8 @@ def _schema(cards: Mapping[str, ToolCard], form: Form, *, must_answer: bool, typ
             fields = {"id": name, **fields, "after": {"type": "array", "items": name, "maxItems": 16}}
         calls.append(_object(fields, optional=("after",)))
     most = MAX_CALLS if form == "full" else BRIEF_CALLS
-    act = {**thought, "calls": {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most}}
-    return {"anyOf": [_object(act), answer]}
+    list_of_calls = {"type": "array", "items": {"anyOf": calls}, "minItems": 1, "maxItems": most}
+    return _object({**_thought(form), "calls": list_of_calls})
 
 
 def _object(properties: dict[str, Any], optional: tuple[str, ...] = ()) -> dict[str, Any]:
