@@ -1,13 +1,13 @@
 """What nodes are good at, from what others saw: estimates that a minority of liars cannot bend far. Pure.
 
-    consensus without a about (j, k)    m = (1 + Σ_b w_b·c_b·S_b) / (2 + Σ_b w_b·c_b·n_b), b ≠ a;   S = Σ scores, n = trials
-    surprise at attester a              D_a = Σ_jk c_a·[ −S_a·ln m − (n_a − S_a)·ln(1 − m) − n_a·H(m) ]
-                                              what its scores cost beyond what chance makes them cost
-    trust in an attester                w_a = exp(−(D_a − σ_a)⁺ / (N_a + FIRM) / SCALE),   σ_a² = Σ c_a·n_a·m(1−m)·ln²(m/(1−m))
-                                              `ROUNDS` times from w = 1
-    capability                          α = α₀ + Σ w_a·c_a·Σ scores,  β = β₀ + Σ w_a·c_a·Σ (1 − scores),
-                                        c_a = min(1, CAP / n_a);   mean = α/(α+β), upper = mean + κ·sd of that Beta
-    standing                            (g + Σ delivered) / (g + Σ all), each by the asker's trust w_a, capped likewise
+    consensus without a    m = (1 + Σ_b w_b·c_b·S_b) / (2 + Σ_b w_b·c_b·n_b), b ≠ a;   S = Σ scores, n = trials
+    surprise at a          D_a = Σ_jk c_a·[ −S_a·ln m − (n_a − S_a)·ln(1 − m) − n_a·H(m) ], what its scores cost
+                                 beyond what chance makes them cost
+    trust in a             w_a = exp(−(D_a − σ_a)⁺ / (N_a + FIRM) / SCALE),   `ROUNDS` times from w = 1,
+                                 σ_a² = Σ_jk c_a·n_a·m(1−m)·ln²(m / (1−m)),   N_a = Σ_jk c_a·n_a
+    capability of (j, k)   α = α₀ + Σ_a w_a·c_a·S_a,  β = β₀ + Σ_a w_a·c_a·(n_a − S_a),  c_a = min(1, CAP / n_a);
+                           mean = α/(α+β), upper = mean + κ·(standard deviation of that Beta)
+    standing of j          (g + Σ delivered) / (g + Σ all), each by the asker's trust w_a, capped likewise
 
 A claim is worth `CLAIM` trials and no more, so that a newcomer's claim decides between newcomers. Routing uses `upper`
 (an upper confidence bound, as in UCB1 and its kin): who was seldom tried is tried; votes use `mean`.

@@ -14,6 +14,7 @@ from blake3 import blake3
 from shoal.errors import RecordError
 from shoal.fabric.identity import Identity, verify
 from shoal.protocol.codec import decode, encode
+from shoal.protocol.collective import StepDone
 from shoal.protocol.ledger import MAX_ENTRY_BYTES, LedgerEntry
 from shoal.protocol.roster import (
     MARK_BYTES,
@@ -26,19 +27,21 @@ from shoal.protocol.roster import (
     SignedRecord,
 )
 
-T = TypeVar("T", NodeRecord, Grant, RevocationList, LedgerEntry)
+T = TypeVar("T", NodeRecord, Grant, RevocationList, LedgerEntry, StepDone)
 
 DOMAINS: dict[type, bytes] = {
     NodeRecord: b"shoal node record 1:",
     Grant: b"shoal grant 1:",
     RevocationList: b"shoal revocation list 1:",
     LedgerEntry: b"shoal ledger entry 1:",
+    StepDone: b"shoal step done 1:",
 }
 LIMITS: dict[type, int] = {
     NodeRecord: MAX_NODE_RECORD_BYTES,
     Grant: MAX_GRANT_BYTES,
     RevocationList: MAX_SIGNED_BYTES,
     LedgerEntry: MAX_ENTRY_BYTES,
+    StepDone: MAX_GRANT_BYTES,
 }
 
 
@@ -46,7 +49,7 @@ class ForgedRecord(RecordError):
     """A record that was not signed by the key it speaks for."""
 
 
-def sign(identity: Identity, record: NodeRecord | Grant | RevocationList | LedgerEntry) -> SignedRecord:
+def sign(identity: Identity, record: NodeRecord | Grant | RevocationList | LedgerEntry | StepDone) -> SignedRecord:
     """The record's bytes with the identity's signature."""
     record.check()
     body = encode(record)

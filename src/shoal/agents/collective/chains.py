@@ -1,0 +1,289 @@
+"""A planner's part: write a chain, give its first step away, watch over its leases, tell the poser how it ended.
+
+    write ──▶ give(0) ──▶ executor 0 ──▶ executor 1 ──▶ … ──▶ last result = the chain's answer
+                │  ▲           each hands the next step over itself, and reports whom it went to
+                ▼  └── a lease that ran out, a failure, or a step that nobody took: given again, to somebody else
+
+Invariants: a step has one holder at a time, and only its holder is briefed and believed; a step's result is taken once;
+what is asked of one executor is never told to another; a chain ends by its deadline, with an answer or a reason; every
+hand-over that its executor acknowledged ends in one contribution of the ledger: delivered, failed or late.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from shoal.agents.collective.executor import MAX_BYTES, brief_key, digest, hand_over, offer_to, report_key
+from shoal.agents.collective.market import Market
+from shoal.agents.collective.work import PlannedStep
+from shoal.errors import RecordError
+from shoal.fabric.fabric import Fabric
+from shoal.fabric.service import Request
+from shoal.protocol.codec import decode, encode
+from shoal.protocol.collective import Brief, Briefing, ChainResult, Place, Report, Reported, StepDone, Take
+from shoal.protocol.ledger import Contribution, Delivery
+from shoal.protocol.roster import SignedRecord
+from shoal.swarm.signing import verified
+
+log = logging.getLogger("shoal.collective")
+
+LEASE_S = 6.0
+"""Without a sign of life for so long, a step is given to somebody else."""
+
+WAIT_FOR_HOLDER_S = 8.0
+"""A brief may be asked for before the report that says who took the step has come."""
+
+RETRY_S = 0.5
+"""Before a step that nobody took is offered again."""
+
+TRIES = 10
+"""To hand a step to one node and no other."""
+
+MAX_CHAINS = 256
+
+
+@dataclass
+class Step:
+    """One step while its chain runs."""
+
+    planned: PlannedStep
+    holder: bytes = b""
+    acknowledged: bool = False
+    """Whether the holder itself showed that it has the step; that it was given to somebody is one node's word."""
+    until: float = 0.0
+    """Monotonic time at which its lease runs out."""
+    result: str | None = None
+    done: SignedRecord | None = None
+    failed: set[bytes] = field(default_factory=set)
+    """Keys of those who had it and did not bring it."""
+
+
+class Chain:
+    """One chain of one problem."""
+
+    def __init__(self, problem: str, chain: str, steps: Sequence[PlannedStep], deadline: float) -> None:
+        self.problem = problem
+        self.id = chain
+        self.steps = [Step(one) for one in steps]
+        self.deadline = deadline
+        self.changed = asyncio.Condition()
+        self.reason = ""
+
+    @property
+    def at(self) -> int:
+        """The step that is being done; their number once all are."""
+        return next((i for i, step in enumerate(self.steps) if step.result is None), len(self.steps))
+
+    def place(self, step: int) -> Place:
+        return Place(self.problem, self.id, step)
+
+    def briefing(self, number: int, lease_s: float) -> Briefing:
+        """What the holder of a step is told."""
+        planned = self.steps[number].planned
+        last = number + 1 == len(self.steps)
+        return Briefing(
+            requirement=planned.requirement,
+            task=planned.task,
+            needed={one: self.steps[one].result or "" for one in planned.needs},
+            next_requirement="" if last else self.steps[number + 1].planned.requirement,
+            lease_s=lease_s,
+        )
+
+    def result(self) -> ChainResult:
+        """How it ended."""
+        finished = self.at == len(self.steps)
+        return ChainResult(
+            problem=self.problem,
+            chain=self.id,
+            answer=self.steps[-1].result if finished else None,
+            done=tuple(step.done for step in self.steps if step.done is not None) if finished else (),
+            reason="" if finished else (self.reason or "it did not end in time"),
+        )
+
+
+class Chains:
+    """All chains that this node watches over.
+
+    Args:
+        credit: told of every hand-over's end, for the ledger: (executor, contribution).
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        run: str,
+        market: Market,
+        credit: Callable[[bytes, Contribution], None],
+        *,
+        lease_s: float = LEASE_S,
+    ) -> None:
+        self._fabric = fabric
+        self._run = run
+        self._market = market
+        self._credit = credit
+        self._lease_s = lease_s
+        self._chains: dict[str, Chain] = {}
+
+    async def start(self, admits: Callable[[bytes], bool]) -> None:
+        """Begin to brief and to hear reports."""
+        node = self._fabric.identity.node_id
+        await self._fabric.serve(
+            brief_key(node), self._brief, max_bytes=4096, concurrency=64, backlog=256, allow=admits
+        )
+        await self._fabric.serve(report_key(node), self._report, max_bytes=MAX_BYTES, backlog=256, allow=admits)
+
+    def running(self, chain: str) -> bool:
+        """Whether this node still watches over a chain."""
+        return chain in self._chains
+
+    async def run(self, chain: Chain, first: bytes = b"") -> ChainResult:
+        """See a chain through.
+
+        Args:
+            first: who gets the first step, without asking anybody else; empty: whoever is best.
+        """
+        if len(self._chains) >= MAX_CHAINS:
+            chain.reason = "this planner watches over too many chains"
+            return chain.result()
+        self._chains[chain.id] = chain
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(asyncio.get_running_loop().time() + chain.deadline - time.monotonic()):
+                    if first and not await self._give_to(chain, first):
+                        chain.reason = "it did not take the step"
+                        return chain.result()
+                    await self._watch(chain, reassign=not first)
+        finally:
+            del self._chains[chain.id]
+            held = chain.steps[chain.at] if chain.at < len(chain.steps) else None
+            if held is not None and held.holder:
+                self._ended(chain, chain.at, "late")
+            async with chain.changed:
+                chain.changed.notify_all()
+        return chain.result()
+
+    async def _watch(self, chain: Chain, *, reassign: bool) -> None:
+        while chain.at < len(chain.steps):
+            number = chain.at
+            step = chain.steps[number]
+            if not step.holder:
+                if not reassign and step.failed:
+                    return
+                await self._give(chain, number)
+                continue
+            async with chain.changed:
+                while step.result is None and step.holder and (left_s := step.until - time.monotonic()) > 0:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(left_s):
+                            await chain.changed.wait()
+            if step.result is None and step.holder and time.monotonic() >= step.until:
+                self._ended(chain, number, "late")
+                if not reassign:
+                    chain.reason = "its executor fell silent"
+                    return
+
+    async def _give(self, chain: Chain, number: int) -> None:
+        """Offer a step until somebody has it; those who failed with it only when nobody else is left."""
+        step = chain.steps[number]
+        take = Take(place=chain.place(number), planner=self._fabric.identity.public_key, lease_s=self._lease_s)
+        requirement = step.planned.requirement
+        key = await hand_over(self._fabric, self._market, take, requirement, frozenset(step.failed))
+        if not key and step.failed:
+            key = await hand_over(self._fabric, self._market, take, requirement)
+        if key:
+            await self._hold(chain, number, key)
+        else:
+            chain.reason = f"nobody takes step {number + 1}: {requirement[:100]}"
+            await asyncio.sleep(RETRY_S)
+
+    async def _give_to(self, chain: Chain, key: bytes) -> bool:
+        """Hand the first step to one node, which may be busy at first."""
+        take = Take(place=chain.place(0), planner=self._fabric.identity.public_key, lease_s=self._lease_s)
+        for _ in range(TRIES):
+            if await offer_to(self._fabric, key, take):
+                await self._hold(chain, 0, key)
+                return True
+            await asyncio.sleep(RETRY_S)
+        return False
+
+    async def _hold(self, chain: Chain, number: int, key: bytes) -> None:
+        step = chain.steps[number]
+        async with chain.changed:
+            step.holder, step.acknowledged, step.until = key, True, time.monotonic() + self._lease_s
+            chain.changed.notify_all()
+
+    def _ended(self, chain: Chain, number: int, delivery: Delivery, done: StepDone | None = None) -> None:
+        """A hand-over is over: into the ledger with it; the step is free unless it was delivered."""
+        step = chain.steps[number]
+        if step.acknowledged:
+            tokens, seconds = (done.tokens, done.seconds) if done is not None else (0, 0.0)
+            what = Contribution(problem=chain.problem, step=number, delivery=delivery, tokens=tokens, seconds=seconds)
+            self._credit(step.holder, what)
+        if delivery != "delivered":
+            step.failed.add(step.holder)
+            step.holder = b""
+
+    # What executors ask and say
+
+    def _held(self, place: Place, sender: bytes) -> Chain | None:
+        """The chain, if this sender holds this step of it now."""
+        chain = self._chains.get(place.chain)
+        if chain is None or chain.problem != place.problem or place.step != chain.at:
+            return None
+        return chain if chain.steps[place.step].holder == sender else None
+
+    def _is_settled(self, place: Place, sender: bytes) -> bool:
+        """Whether it is clear if this sender holds this step."""
+        chain = self._chains.get(place.chain)
+        return chain is None or place.step < chain.at or self._held(place, sender) is not None
+
+    async def _brief(self, request: Request) -> bytes:
+        place = decode(request.body, Brief, max_bytes=4096).place
+        chain = self._chains.get(place.chain)
+        if chain is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WAIT_FOR_HOLDER_S), chain.changed:
+                    await chain.changed.wait_for(lambda: self._is_settled(place, request.sender_key))
+        found = self._held(place, request.sender_key)
+        if found is None:
+            raise RecordError("that step is not yours.")
+        found.steps[place.step].acknowledged = True
+        return encode(found.briefing(place.step, self._lease_s))
+
+    async def _report(self, request: Request) -> bytes:
+        report = decode(request.body, Report, max_bytes=MAX_BYTES)
+        chain = self._held(report.place, request.sender_key)
+        if chain is None:
+            return encode(Reported(goes_on=False))
+        number = report.place.step
+        step = chain.steps[number]
+        async with chain.changed:
+            if report.failure:
+                chain.reason = f"step {number + 1} failed: {report.failure}"
+                self._ended(chain, number, "failed")
+            elif report.done is None:
+                step.until = time.monotonic() + self._lease_s
+            else:
+                done = self._checked(report, request.sender_key, step)
+                step.result, step.done = report.result, report.done
+                self._ended(chain, number, "delivered", done)
+                if report.next and number + 1 < len(chain.steps):
+                    following = chain.steps[number + 1]
+                    following.holder, following.acknowledged = report.next, False
+                    following.until = time.monotonic() + self._lease_s
+            chain.changed.notify_all()
+        return encode(Reported(goes_on=True))
+
+    def _checked(self, report: Report, sender: bytes, step: Step) -> StepDone:
+        """The signed part of a report, if it is what the report says; raises `RecordError` otherwise."""
+        assert report.done is not None
+        done = verified(report.done, StepDone)
+        fits = done.run == self._run and done.place == report.place and done.requirement == step.planned.requirement
+        if report.done.signer != sender or not fits or done.result_hash != digest(report.result):
+            raise RecordError("a report's signature is not about this step and result.")
+        return done

@@ -1,0 +1,102 @@
+"""A planner's first part: take commissions, have chains written, and tell the poser how each ended.
+
+Invariants: at most `MAX_COMMISSIONS` at once; a chain that was written is checked before anybody hears of it; every
+commission ends by its deadline, and its poser is told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from shoal.agents.collective.chains import Chain, Chains
+from shoal.agents.collective.executor import MAX_BYTES
+from shoal.agents.collective.posing import ASK_S, commission_key, result_key, underway_key
+from shoal.agents.collective.work import NoChain, PlannedStep, Writer
+from shoal.errors import NetworkError
+from shoal.fabric.fabric import Fabric
+from shoal.fabric.identity import node_id_of
+from shoal.fabric.service import Request
+from shoal.protocol.codec import decode, encode
+from shoal.protocol.collective import MAX_STEPS, ChainResult, Commission, Underway
+
+log = logging.getLogger("shoal.collective")
+
+MAX_COMMISSIONS = 64
+
+
+class Commissions:
+    """One node's part.
+
+    Args:
+        writer: None: this node writes no chains.
+        skills: what the ledger has attestations of.
+    """
+
+    def __init__(
+        self, fabric: Fabric, chains: Chains, writer: Writer | None, skills: Callable[[], Sequence[str]]
+    ) -> None:
+        self._fabric = fabric
+        self._chains = chains
+        self._writer = writer
+        self._skills = skills
+        self._at_work: dict[str, asyncio.Task[None]] = {}
+
+    async def start(self, admits: Callable[[bytes], bool]) -> None:
+        """Begin to take commissions."""
+        node = self._fabric.identity.node_id
+        await self._fabric.serve(commission_key(node), self._take, max_bytes=MAX_BYTES, allow=admits)
+        await self._fabric.serve(underway_key(node), self._underway, max_bytes=4096, allow=admits)
+
+    async def close(self) -> None:
+        """Stop all of them."""
+        tasks = list(self._at_work.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _take(self, request: Request) -> bytes:
+        wanted = decode(request.body, Commission, max_bytes=MAX_BYTES)
+        if self._writer is None or len(self._at_work) >= MAX_COMMISSIONS:
+            raise NoChain("this node writes no chains now.")
+        if wanted.chain not in self._at_work:
+            task = asyncio.create_task(self._plan(self._writer, wanted, request.sender_key))
+            self._at_work[wanted.chain] = task
+            task.add_done_callback(lambda _: self._at_work.pop(wanted.chain, None))
+        return b""
+
+    async def _plan(self, writer: Writer, wanted: Commission, poser: bytes) -> None:
+        deadline = time.monotonic() + wanted.deadline_s
+        try:
+            async with asyncio.timeout(wanted.deadline_s):
+                steps = await writer.write(wanted.text, self._skills())
+            result = await self._chains.run(Chain(wanted.problem, wanted.chain, checked(steps), deadline))
+        except (NoChain, TimeoutError) as error:
+            why = str(error)[:500] or "no chain was written in time"
+            result = ChainResult(problem=wanted.problem, chain=wanted.chain, answer=None, reason=why)
+        try:
+            await self._fabric.request(
+                result_key(node_id_of(poser)), encode(result), ASK_S, to=poser, max_reply_bytes=16
+            )
+        except NetworkError as error:
+            log.info("nobody waits for chain %s any more: %s", result.chain, error)
+
+    async def _underway(self, request: Request) -> bytes:
+        asked = decode(request.body, Underway, max_bytes=4096)
+        return encode(Underway(chains=tuple(one for one in asked.chains if one in self._at_work)))
+
+
+def checked(steps: Sequence[PlannedStep]) -> list[PlannedStep]:
+    """A chain, if it can be executed.
+
+    Raises:
+        NoChain: it is empty, too long, or a step needs one that does not come before it.
+    """
+    if not 1 <= len(steps) <= MAX_STEPS:
+        raise NoChain(f"a chain has {len(steps)} steps; 1 to {MAX_STEPS} are possible.")
+    for number, step in enumerate(steps):
+        if any(not 0 <= one < number for one in step.needs):
+            raise NoChain(f"step {number + 1} needs a step that does not come before it.")
+    return list(steps)

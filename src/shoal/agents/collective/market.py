@@ -1,0 +1,154 @@
+"""Finding who does a step: a beacon goes to all, offers come back, the asker ranks them by the ledger.
+
+    choose ──Beacon, published──▶ every agent ──Offer, sealed──▶ asker ──rank (`planning.selection`)──▶ the best first
+
+Invariants: a beacon says what is required and nothing of the problem; an offer counts once a sender and only for a
+beacon that is being listened to; listening ends when everybody has answered, and at the latest after `listens_s`; who
+offers never ranks itself: the asker reads the ledger, about itself too, where only others write.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Callable, Collection
+from types import TracebackType
+from typing import Self
+
+from shoal.errors import NetworkError, RecordError
+from shoal.fabric.fabric import Fabric
+from shoal.fabric.identity import node_id_of
+from shoal.fabric.service import Request
+from shoal.planning.selection import Candidate, Chosen, rank
+from shoal.planning.skills import Tally
+from shoal.protocol.codec import decode, encode
+from shoal.protocol.collective import Beacon, Offer
+
+log = logging.getLogger("shoal.collective")
+
+TOPIC = "collective/beacon"
+MAX_BYTES = 16 * 1024
+LISTENS_S = 0.08
+"""On links with little delay; a network's own round trip comes on top."""
+
+OFFER_S = 5.0
+MAX_OFFERS = 256
+"""Offers that are being sent at once."""
+
+
+def offer_key(node: str) -> str:
+    """Where a node hears offers."""
+    return f"collective/{node}/offer"
+
+
+class Market:
+    """One node's part: it offers what it can, and asks when it needs somebody.
+
+    Args:
+        admits: whether a key belongs to the run.
+        others: how many other agents are here now, as far as is known.
+        offer: what this node would offer for a beacon; None: nothing.
+        tally: what the ledger says now.
+        similar: how alike a requirement and a skill are, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        *,
+        admits: Callable[[bytes], bool],
+        others: Callable[[], int],
+        offer: Callable[[Beacon], Offer | None],
+        tally: Callable[[], Tally],
+        similar: Callable[[str, str], float],
+        listens_s: float = LISTENS_S,
+    ) -> None:
+        self._fabric = fabric
+        self._admits = admits
+        self._others = others
+        self._offer = offer
+        self._tally = tally
+        self._similar = similar
+        self._listens_s = listens_s
+        self._open: dict[str, dict[bytes, Offer]] = {}
+        self._heard: dict[str, asyncio.Event] = {}
+        self._sending: set[asyncio.Task[None]] = set()
+        self._listener: asyncio.Task[None] | None = None
+
+    async def choose(self, requirement: str, lease_s: float, without: Collection[bytes] = ()) -> list[Chosen]:
+        """Who could do this, the best first; `without` these."""
+        beacon = Beacon(id=secrets.token_hex(8), requirement=requirement, listens_s=self._listens_s, lease_s=lease_s)
+        offers = self._open[beacon.id] = {}
+        heard = self._heard[beacon.id] = asyncio.Event()
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._listens_s):
+                    await self._fabric.publish(TOPIC, encode(beacon))
+                    while len(offers) < self._others():
+                        heard.clear()
+                        await heard.wait()
+        finally:
+            del self._open[beacon.id], self._heard[beacon.id]
+        if (mine := self._offer(beacon)) is not None:
+            offers[self._fabric.identity.public_key] = mine
+        candidates = [self._candidate(key, offer) for key, offer in offers.items() if key not in without]
+        return rank(self._tally(), candidates, requirement, self._similar)
+
+    def _candidate(self, key: bytes, offer: Offer) -> Candidate:
+        return Candidate(node_id_of(key), key, offer.availability, offer.price_usd, offer.claims)
+
+    # What others ask
+
+    async def __aenter__(self) -> Self:
+        await self._fabric.serve(
+            offer_key(self._fabric.identity.node_id),
+            self._take_offer,
+            max_bytes=MAX_BYTES,
+            backlog=512,
+            allow=self._admits,
+        )
+        ready = asyncio.Event()
+        self._listener = asyncio.create_task(self._listen(ready))
+        await ready.wait()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        ended = [task for task in (self._listener, *self._sending) if task is not None]
+        for task in ended:
+            task.cancel()
+        await asyncio.gather(*ended, return_exceptions=True)
+
+    async def _take_offer(self, request: Request) -> bytes:
+        offer = decode(request.body, Offer, max_bytes=MAX_BYTES)
+        if (offers := self._open.get(offer.beacon)) is not None:
+            offers.setdefault(request.sender_key, offer)
+            self._heard[offer.beacon].set()
+        return b""
+
+    async def _listen(self, ready: asyncio.Event) -> None:
+        async with self._fabric.subscribe(TOPIC, max_bytes=MAX_BYTES, allow=self._admits) as beacons:
+            ready.set()
+            async for message in beacons:
+                if message.sender_key == self._fabric.identity.public_key:
+                    continue
+                try:
+                    beacon = decode(message.body, Beacon, max_bytes=MAX_BYTES)
+                except RecordError as error:
+                    log.info("a beacon of %s is malformed: %s", message.sender, error)
+                    continue
+                offer = self._offer(beacon)
+                if offer is None or len(self._sending) >= MAX_OFFERS:
+                    continue
+                task = asyncio.create_task(self._send(message.sender, message.sender_key, offer))
+                self._sending.add(task)
+                task.add_done_callback(self._sending.discard)
+
+    async def _send(self, asker: str, key: bytes, offer: Offer) -> None:
+        try:
+            await self._fabric.request(offer_key(asker), encode(offer), OFFER_S, to=key, max_reply_bytes=16)
+        except NetworkError as error:
+            log.info("an offer did not reach %s: %s", asker, error)

@@ -1,0 +1,168 @@
+"""One node of a collective: it poses problems, writes chains, does steps and keeps the ledger. Nobody is in charge.
+
+    posing       find planners, watch over them, weigh and vote         `posing`
+    planning     write chains, give steps away, watch leases            `commissions`, `chains`
+    executing    take steps, do them, hand the next one over            `executor`
+    attesting    set others tasks whose answers can be scored           here
+    sharing      one ledger for all                                     `sharing`
+
+Every node runs the same; one without an expert only asks.
+
+Symphony: arXiv 2508.20019. Deviations: (1) chains are watched over by the planners that wrote them, so the death of an
+executor costs one lease and not the chain; (2) the poser computes the weights, from its own copy of the ledger and the
+executors' signatures, so that no planner can credit somebody else's name; (3) skills are attested (`planning.skills`).
+
+Invariants: calibration tasks look like any other step; nothing of this node outlives its context.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
+
+from shoal.agents.collective.chains import LEASE_S, Chain, Chains
+from shoal.agents.collective.commissions import Commissions
+from shoal.agents.collective.executor import Executor
+from shoal.agents.collective.market import LISTENS_S, Market
+from shoal.agents.collective.posing import Poser
+from shoal.agents.collective.sharing import Sharing
+from shoal.agents.collective.work import Expert, PlannedStep, Work, Writer
+from shoal.errors import RecordError
+from shoal.planning.skills import Tally
+from shoal.protocol.collective import Place
+from shoal.protocol.episode import Task
+from shoal.protocol.ledger import MAX_ANSWER_CHARS, Attestation, Contribution
+from shoal.swarm.ledger import Ledger
+from shoal.swarm.member import Member
+
+log = logging.getLogger("shoal.collective")
+
+
+class CollectiveNode:
+    """`async with CollectiveNode(member, …) as node: await node.solve("…", planners=3)`.
+
+    Args:
+        member: this node's part in the run's swarm.
+        expert: does steps; None: this node does none.
+        writer: writes chains; None: this node plans none.
+        similar: how alike a requirement and a skill are, 0 to 1.
+        slots: steps at once.
+    """
+
+    def __init__(
+        self,
+        member: Member,
+        run: str,
+        *,
+        expert: Expert | None,
+        writer: Writer | None,
+        similar: Callable[[str, str], float],
+        slots: int = 1,
+        price_usd: float = 0.0,
+        lease_s: float = LEASE_S,
+        listens_s: float = LISTENS_S,
+        share_every_s: float = 2.0,
+        on_work: Callable[[Place, Work], None] = lambda place, work: None,
+    ) -> None:
+        self._member = member
+        self._fabric = member.fabric
+        self.ledger = Ledger(run, member.is_granted)
+        self._counted: dict[bytes, int] = {}
+        self._convicted: frozenset[bytes] = frozenset()
+        self._tally = Tally()
+        self.executor = Executor(self._fabric, run, expert, slots=slots, price_usd=price_usd, on_work=on_work)
+        self._market = Market(
+            self._fabric,
+            admits=member.is_granted,
+            others=lambda: len(self._peers()),
+            offer=self.executor.offer,
+            tally=self.tally,
+            similar=similar,
+            listens_s=listens_s,
+        )
+        self.chains = Chains(self._fabric, run, self._market, self._credit, lease_s=lease_s)
+        self._sharing = Sharing(self._fabric, self.ledger, self._peers, share_every_s)
+        self._commissions = Commissions(self._fabric, self.chains, writer, lambda: self.tally().skills)
+        self._poser = Poser(self._fabric, run, self._market, tally=self.tally, similar=similar)
+        self.solve = self._poser.solve
+        self._background: asyncio.Task[None] | None = None
+        self._stack = AsyncExitStack()
+
+    def tally(self) -> Tally:
+        """The ledger's entries, counted up to now."""
+        if self.ledger.convicted != self._convicted:
+            # What a convicted signer said counts no more: count the rest again.
+            self._convicted, self._counted, self._tally = self.ledger.convicted, {}, Tally()
+        for key in self.ledger.signers:
+            for entry in self.ledger.since(key, self._counted.get(key, 0)):
+                self._tally.add(key, entry)
+                self._counted[key] = entry.sequence
+        return self._tally
+
+    # Attesting
+
+    async def calibrate(
+        self, subject: bytes, skill: str, task: Task, words: str, score: Callable[[str], float], timeout_s: float = 60.0
+    ) -> float | None:
+        """Set one node a task whose answer can be scored, as a step like any other; attest how it did.
+
+        Args:
+            words: the task, as its executor reads it.
+            score: of a result, 0 to 1.
+
+        Returns:
+            The score; None where the node did not bring a result (which counts against its standing).
+        """
+        chain = Chain(
+            secrets.token_hex(8), secrets.token_hex(8), [PlannedStep(skill, words)], time.monotonic() + timeout_s
+        )
+        result = await self.chains.run(chain, first=subject)
+        if result.answer is None:
+            return None
+        found = min(max(score(result.answer), 0.0), 1.0)
+        what = Attestation(skill=skill, task=task, answer=result.answer[:MAX_ANSWER_CHARS], score=found)
+        self.ledger.write(self._fabric.identity, subject, what, time.time())
+        return found
+
+    def _credit(self, executor: bytes, what: Contribution) -> None:
+        if executor != self._fabric.identity.public_key:
+            try:
+                self.ledger.write(self._fabric.identity, executor, what, time.time())
+            except RecordError as error:
+                log.warning("a contribution is not in the ledger: %s", error)
+
+    # Life
+
+    def _peers(self) -> list[bytes]:
+        """The other agents that are here."""
+        own = self._fabric.identity.public_key
+        return [node.record.public_key for node in self._member.nodes("agent") if node.record.public_key != own]
+
+    async def __aenter__(self) -> Self:
+        admits = self._member.is_granted
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(self._market)
+            stack.push_async_callback(self.executor.close)
+            stack.push_async_callback(self._commissions.close)
+            await self.executor.start(self._market, admits)
+            await self.chains.start(admits)
+            await self._commissions.start(admits)
+            await self._poser.start(admits)
+            await self._sharing.start(admits)
+            self._stack = stack.pop_all()
+        self._background = asyncio.create_task(self._sharing.run())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._background is not None:
+            self._background.cancel()
+            await asyncio.gather(self._background, return_exceptions=True)
+        await self._stack.aclose()

@@ -1,0 +1,253 @@
+"""A poser's part: find planners, watch over them, weigh what their chains say, and vote.
+
+    choose(PLANNING) ──▶ Commission × M ──▶ ChainResult × M ──▶ weights from the ledger ──▶ `selection.vote`
+
+A planner that falls silent, or whose chain cannot be finished, is replaced by the next best while there is time.
+
+Invariants: a problem ends by its deadline; a chain counts once, and only from the planner that it was commissioned
+from; the weights are the poser's own, from its ledger and the executors' signatures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from shoal.agents.collective.answers import canonical
+from shoal.agents.collective.executor import MAX_BYTES, digest
+from shoal.agents.collective.market import Market
+from shoal.errors import NetworkError, RecordError
+from shoal.fabric.fabric import Fabric
+from shoal.fabric.identity import node_id_of
+from shoal.fabric.service import Request
+from shoal.planning.selection import Ballot, match, vote
+from shoal.planning.skills import Tally
+from shoal.protocol.codec import decode, encode
+from shoal.protocol.collective import ChainResult, Commission, Place, StepDone, Underway
+from shoal.swarm.signing import verified
+
+log = logging.getLogger("shoal.collective")
+
+PLANNING = "planning: break a problem into steps"
+"""What a planner is asked for, and attested for."""
+
+ASK_S = 5.0
+WATCH_S = 1.0
+"""How often a poser asks its planners whether they are still at it."""
+
+SILENT = 3
+"""Questions without an answer after which a planner is given up."""
+
+
+def commission_key(node: str) -> str:
+    """Where a node is asked for a chain."""
+    return f"collective/{node}/commission"
+
+
+def underway_key(node: str) -> str:
+    """Where a planner says which chains it is still at."""
+    return f"collective/{node}/underway"
+
+
+def result_key(node: str) -> str:
+    """Where a poser hears how chains ended."""
+    return f"collective/{node}/result"
+
+
+class ChainView(NamedTuple):
+    """One chain, as its poser saw it end."""
+
+    chain: str
+    planner: str
+    answer: str | None
+    """As it was said; the vote compares canonical forms."""
+    executors: tuple[str, ...]
+    weights: tuple[float, ...]
+    """Of each step: match times standing of who did it."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What the collective says."""
+
+    problem: str
+    answer: str | None
+    support: float
+    chains: tuple[ChainView, ...]
+    seconds: float
+
+
+@dataclass
+class _Open:
+    """A problem that this node has posed."""
+
+    text: str
+    planners: dict[str, bytes] = field(default_factory=dict)
+    """Chain -> its planner."""
+    ended: dict[str, ChainView] = field(default_factory=dict)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Poser:
+    """One node's part as a poser.
+
+    Args:
+        tally: what the ledger says now.
+        similar: how alike a requirement and a skill are, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        run: str,
+        market: Market,
+        *,
+        tally: Callable[[], Tally],
+        similar: Callable[[str, str], float],
+    ) -> None:
+        self._fabric = fabric
+        self._run = run
+        self._market = market
+        self._tally = tally
+        self._similar = similar
+        self._open: dict[str, _Open] = {}
+
+    async def start(self, admits: Callable[[bytes], bool]) -> None:
+        """Begin to hear results."""
+        key = result_key(self._fabric.identity.node_id)
+        await self._fabric.serve(key, self._take_result, max_bytes=MAX_BYTES, allow=admits)
+
+    async def solve(self, text: str, *, planners: int = 3, timeout_s: float = 120.0) -> Solution:
+        """Have a problem solved by whoever is there."""
+        began = time.monotonic()
+        deadline = began + timeout_s
+        problem = secrets.token_hex(8)
+        mine = self._open[problem] = _Open(text)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._commission(problem, planners, deadline)
+            return self._counted_up(problem, mine, time.monotonic() - began)
+        finally:
+            del self._open[problem]
+
+    async def _commission(self, problem: str, planners: int, deadline: float) -> None:
+        """Keep `planners` chains going until so many have ended with an answer."""
+        mine = self._open[problem]
+        tried: set[bytes] = set()
+        silent: dict[str, int] = {}
+        while True:
+            answered = sum(view.answer is not None for view in mine.ended.values())
+            lacking = planners - answered - (len(mine.planners) - len(mine.ended))
+            if answered >= planners:
+                return
+            if lacking > 0 and not await self._begin(problem, lacking, deadline, tried):
+                if len(mine.planners) == len(mine.ended) and mine.ended and not tried:
+                    return
+                tried.clear()  # Everybody had a turn; begin again with those that are left.
+            mine.changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WATCH_S):
+                    await mine.changed.wait()
+            await self._look_after(problem, silent)
+
+    async def _begin(self, problem: str, count: int, deadline: float, tried: set[bytes]) -> int:
+        """Commission up to `count` more chains; how many planners agreed."""
+        mine = self._open[problem]
+        begun = 0
+        for one in await self._market.choose(PLANNING, max(0.0, deadline - time.monotonic()), tried):
+            key, chain = one.candidate.key, secrets.token_hex(8)
+            tried.add(key)
+            left_s = max(0.0, deadline - time.monotonic())
+            body = encode(Commission(problem=problem, chain=chain, text=mine.text, deadline_s=left_s))
+            mine.planners[chain] = key
+            try:
+                await self._fabric.request(
+                    f"collective/{one.candidate.id}/commission",
+                    body,
+                    ASK_S,
+                    to=key,
+                    max_reply_bytes=16,
+                    absent_grace_s=0.2,
+                )
+            except NetworkError as error:
+                log.info("%s writes no chain: %s", one.candidate.id, error)
+                mine.planners.pop(chain, None)
+                continue
+            begun += 1
+            if begun == count:
+                break
+        return begun
+
+    async def _look_after(self, problem: str, silent: dict[str, int]) -> None:
+        """Ask the planners of chains that have not ended whether they are still at it."""
+        mine = self._open[problem]
+
+        async def ask(chain: str, key: bytes) -> None:
+            body = encode(Underway(chains=(chain,)))
+            try:
+                found = await self._fabric.request(
+                    f"collective/{node_id_of(key)}/underway",
+                    body,
+                    WATCH_S,
+                    to=key,
+                    max_reply_bytes=4096,
+                    absent_grace_s=0.2,
+                )
+                here = chain in decode(found, Underway, max_bytes=4096).chains
+                silent[chain] = 0 if here else silent.get(chain, 0) + 1
+            except (NetworkError, RecordError):
+                silent[chain] = silent.get(chain, 0) + 1
+            if silent[chain] >= SILENT and chain not in mine.ended:
+                mine.ended[chain] = ChainView(chain, node_id_of(key), None, (), (), "its planner fell silent")
+
+        waiting = [(chain, key) for chain, key in mine.planners.items() if chain not in mine.ended]
+        await asyncio.gather(*(ask(chain, key) for chain, key in waiting))
+
+    def _counted_up(self, problem: str, mine: _Open, seconds: float) -> Solution:
+        views = tuple(mine.ended[chain] for chain in sorted(mine.ended))
+        said: dict[str, str] = {}
+        ballots = []
+        for view in views:
+            form = canonical(view.answer) if view.answer is not None else None
+            if form is not None and view.answer is not None:
+                said.setdefault(form, view.answer)
+            ballots.append(Ballot(view.chain, form, view.weights))
+        outcome = vote(ballots)
+        answer = said[outcome.answer] if outcome.answer is not None else None
+        return Solution(problem, answer, outcome.support, views, seconds)
+
+    async def _take_result(self, request: Request) -> bytes:
+        found = decode(request.body, ChainResult, max_bytes=MAX_BYTES)
+        mine = self._open.get(found.problem)
+        if mine is None or mine.planners.get(found.chain) != request.sender_key or found.chain in mine.ended:
+            return b""
+        executors, weights = self._weighed(found)
+        planner = request.sender
+        mine.ended[found.chain] = ChainView(found.chain, planner, found.answer, executors, weights, found.reason)
+        mine.changed.set()
+        return b""
+
+    def _weighed(self, found: ChainResult) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        """Who did the steps, and what each one's word weighs; raises `RecordError` where signatures do not fit."""
+        if found.answer is None:
+            return (), ()
+        tally = self._tally()
+        executors, weights = [], []
+        done = [verified(signed, StepDone) for signed in found.done]
+        for number, (step, signed) in enumerate(zip(done, found.done, strict=True)):
+            if step.run != self._run or step.place != Place(found.problem, found.chain, number):
+                raise RecordError("a chain rests on a signature about something else.")
+            alike = {skill: self._similar(step.requirement, skill) for skill in tally.skills}
+            weights.append(match(tally, signed.signer, alike, {}).mean * tally.standing(signed.signer))
+            executors.append(node_id_of(signed.signer))
+        if not done or done[-1].result_hash != digest(found.answer):
+            raise RecordError("a chain's answer is not what its last executor signed.")
+        return tuple(executors), tuple(weights)

@@ -1,0 +1,146 @@
+"""Nodes that solve problems together: hand-overs, deaths, secrets, weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+
+import pytest
+from collective_nodes import ROOT, Halves, Script, enter, eventually, identity
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shoal.agents.collective.answers import canonical
+from shoal.agents.collective.node import CollectiveNode
+from shoal.fabric.fabric import Fabric
+from shoal.protocol.episode import Task
+from shoal.protocol.ledger import Contribution
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[AsyncExitStack]:
+    async with AsyncExitStack() as made:
+        yield made
+
+
+@pytest.fixture
+async def listener() -> AsyncIterator[Fabric]:
+    async with await Fabric.listen(ROOT) as fabric:
+        yield fabric
+
+
+def here(*nodes: CollectiveNode) -> bool:
+    """Whether all of them see each other."""
+    return all(len(node._peers()) == len(nodes) - 1 for node in nodes)
+
+
+async def test_a_problem_is_solved_step_by_step_and_nobody_reads_more_than_its_part(
+    stack: AsyncExitStack, listener: Fabric
+) -> None:
+    poser = await enter(stack, listener, "poser", None)
+    product, total = Script({"product": 1.0}), Script({"sum": 1.0})
+    nodes = [
+        poser,
+        await enter(stack, listener, "ann", product, Halves(), slots=64),
+        await enter(stack, listener, "bob", total, Halves(), slots=64),
+    ]
+    await eventually(lambda: here(*nodes))
+    found = await poser.solve("(6 * 7) + 8", planners=2, timeout_s=30.0)
+    assert found.answer == "50" and found.support == 1.0 and len(found.chains) == 2
+    ann, bob = identity("ann").node_id, identity("bob").node_id
+    assert {chain.planner for chain in found.chains} == {ann, bob}
+    assert all(chain.executors == (ann, bob) for chain in found.chains)
+    assert {task.task for task in product.told} == {"6 * 7"} and all(not task.needed for task in product.told)
+    assert {(task.task, tuple(task.needed.items())) for task in total.told} == {("$0 + 8", ((0, "42"),))}
+
+    # What planners say of executors reaches everybody's ledger.
+    await eventually(lambda: len({node.ledger.root for node in nodes}) == 1 and len(nodes[0].ledger.signers) == 2)
+    said = [entry.what for _, entry in poser.ledger.entries()]
+    assert all(isinstance(one, Contribution) and one.delivery == "delivered" for one in said) and len(said) == 2
+
+
+async def test_a_step_goes_to_the_next_when_its_executor_dies_or_fails(stack: AsyncExitStack, listener: Fabric) -> None:
+    planner = await enter(stack, listener, "planner", None, Halves())
+    dying = AsyncExitStack()
+    slow = Script({"product": 1.0, "sum": 1.0}, takes_s=60.0)
+    victim = await enter(dying, listener, "victim", slow)
+    bad = await enter(stack, listener, "bad", Script({"product": 0.9, "sum": 0.9}, fails=True))
+    good = await enter(stack, listener, "good", Script({"product": 0.1, "sum": 0.1}))
+    poser = await enter(stack, listener, "poser", Script(fails=True), Halves())
+    await eventually(lambda: here(planner, victim, bad, good, poser))
+    solving = asyncio.create_task(poser.solve("(6 * 7) + 8", planners=1, timeout_s=60.0))
+    await eventually(lambda: slow.told)
+    await dying.aclose()
+    found = await solving
+    assert found.answer == "50"
+    assert [chain.executors for chain in found.chains if chain.answer] == [(identity("good").node_id,) * 2]
+
+    def standing(name: str) -> float:
+        return poser.tally().standing(identity(name).public_key)
+
+    await eventually(lambda: standing("victim") < 1.0 and standing("bad") < 1.0)
+    assert standing("good") == 1.0
+
+
+async def test_calibration_finds_who_lies_and_the_vote_believes_the_others(
+    stack: AsyncExitStack, listener: Fabric
+) -> None:
+    liars = [await enter(stack, listener, f"liar{n}", Script({"sum": 1.0, "product": 1.0}, lies=True)) for n in (0, 1)]
+    honest = [await enter(stack, listener, f"honest{n}", Script(), Halves()) for n in (0, 1, 2)]
+    nodes = [*liars, *honest]
+    await eventually(lambda: here(*nodes))
+    for attester in honest:
+        for subject in nodes:
+            if subject is attester:
+                continue
+            for skill, words, right in (("sum", "2 + 2", "4"), ("product", "3 * 5", "15")):
+                task = Task(env="sums", id=words, seed=0)
+                key = subject._fabric.identity.public_key
+                score = await attester.calibrate(key, skill, task, words, lambda got, right=right: float(got == right))
+                assert score == float(subject not in liars)
+    await eventually(lambda: len({node.ledger.root for node in nodes}) == 1)
+    tally = honest[0].tally()
+    weights = {node: tally.capability(node._fabric.identity.public_key, "sum").mean for node in nodes}
+    assert max(weights[node] for node in liars) < 0.3 < min(weights[node] for node in honest)
+    found = await liars[0].solve("(6 * 7) + 8", planners=3, timeout_s=60.0)
+    assert found.answer == "50", "even a liar that asks is told the truth"
+
+
+async def test_what_nobody_can_plan_or_do_ends_with_reasons(stack: AsyncExitStack, listener: Fabric) -> None:
+    poser = await enter(stack, listener, "poser", None)
+    only = await enter(stack, listener, "only", Script(fails=True), Halves())
+    await eventually(lambda: here(poser, only))
+    found = await poser.solve("what is love?", planners=1, timeout_s=1.5)
+    assert found.answer is None and {chain.reason for chain in found.chains} == {"that is no sum."}
+    found = await poser.solve("(6 * 7) + 8", planners=1, timeout_s=2.0)
+    assert found.answer is None and found.seconds < 10
+
+
+@pytest.mark.parametrize(
+    ("said", "form"),
+    [
+        ("1,000.0", "1000"),
+        (" $12.50. ", "12.5"),
+        ("6/8", "0.75"),
+        ("2/6", "1/3"),
+        ("-0.125", "-0.125"),
+        ("1/8", "0.125"),
+        ("(B)", "b"),
+        ("b.", "b"),
+        ("The Arle.", "arle"),
+        ("  two   words ", "two words"),
+        ("５", "5"),
+        ("...", None),
+        ("", None),
+        ("x" * 3000, None),
+    ],
+)
+def test_answers_that_mean_the_same_are_one(said: str, form: str | None) -> None:
+    assert canonical(said) == form
+
+
+@given(st.text(max_size=60))
+def test_a_canonical_answer_stays_as_it_is(text: str) -> None:
+    form = canonical(text)
+    assert form is None or canonical(form) == form
