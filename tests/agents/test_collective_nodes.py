@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from functools import partial
 
 import pytest
 from collective_nodes import ROOT, Halves, Script, enter, eventually, identity
@@ -33,6 +34,10 @@ async def listener() -> AsyncIterator[Fabric]:
 def here(*nodes: CollectiveNode) -> bool:
     """Whether all of them see each other."""
     return all(len(node._peers()) == len(nodes) - 1 for node in nodes)
+
+
+def equals(right: str, result: str) -> float:
+    return float(result == right)
 
 
 async def test_a_problem_is_solved_step_by_step_and_nobody_reads_more_than_its_part(
@@ -97,7 +102,7 @@ async def test_calibration_finds_who_lies_and_the_vote_believes_the_others(
             for skill, words, right in (("sum", "2 + 2", "4"), ("product", "3 * 5", "15")):
                 task = Task(env="sums", id=words, seed=0)
                 key = subject._fabric.identity.public_key
-                score = await attester.calibrate(key, skill, task, words, lambda got, right=right: float(got == right))
+                score = await attester.calibrate(key, skill, task, words, partial(equals, right))
                 assert score == float(subject not in liars)
     await eventually(lambda: len({node.ledger.root for node in nodes}) == 1)
     tally = honest[0].tally()
