@@ -1,168 +1,246 @@
-"""Liars in a collective: does the weighted vote beat the majority when nobody says who lies?
+"""A collective without an orchestrator: what it costs, what deaths do to it, and whether liars are found.
 
     shoal bench collective --json
-    shoal bench collective --json -- --problems 2000 --shares 0.3
+    shoal bench collective --json -- --only liars --problems 2000
 
-Sixteen nodes hold one ledger (the real one: signed, chained entries) and solve problems of two steps, each by five
-chains. *Scripted here*: the experts (right with a known probability a skill), who is free at a time, and the liars,
-who answer wrongly, claim to be perfect, praise each other and blame all others in what they attest; `colluding` ones
-give one common wrong answer, `random` ones any. *Ours as it runs*: the ledger, estimates, choice and vote. Nobody but
-the script knows who lies; what the nodes learn comes from calibration tasks that they set each other.
+`steps`: sixteen node processes and a poser; scripted steps of a fixed time, so that what is longer than the steps is
+overhead. `deaths`: nodes are killed (SIGKILL) at random moments while problems are in flight. `liars`: see
+`_collective_liars`. The experts are scripted; processes, sockets, beacons, leases, ledger and votes are those that
+models use.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import statistics
 import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from random import Random
 from typing import Any
 
-from shoal.coordinator.reporting.paired import paired_interval
+import msgspec
+
+from _collective_liars import play
+from _collective_node import RUN, SKILLS, Setup, answer_of, enter, everybody
+from shoal.agents.collective.node import CollectiveNode
+from shoal.errors import TaskError
+from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
-from shoal.planning.selection import Ballot, Candidate, rank, vote
-from shoal.planning.skills import Tally
-from shoal.protocol.episode import Task
-from shoal.protocol.ledger import Attestation
-from shoal.swarm.ledger import Ledger
+from shoal.swarm.grants import issue
 
 from _common import benchmark, emit
 
 NODES = 16
-SKILLS = ("arithmetic", "history", "law", "chemistry")
-EXPERT, LAYMAN = 0.92, 0.45
-"""How often an honest node is right in its one or two skills, and in the others."""
-CHAINS = 5
-STEPS = 2
-FREE = 0.5
-"""Share of nodes that answer a beacon."""
-OPTIONS = 10
-"""Possible answers."""
-BATCH = 10
-"""After so many problems the nodes set each other as many calibration tasks."""
+STEP_S = 2.0
+STEPS = 4
+PLANNERS = 3
+LISTENS_S = 0.1
+LEASE_S = 6.0
+READY_S = 180.0
+
+Result = tuple[list[dict[str, Any]], dict[str, float]]
 
 
-class Collective:
-    """The nodes, what the script knows of them, and the ledger that they share."""
-
-    def __init__(self, liars: int, colluding: bool, draw: Random) -> None:
-        self.draw = draw
-        self.colluding = colluding
-        self.nodes = [Identity(draw.randbytes(32)) for _ in range(NODES)]
-        self.keys = [node.public_key for node in self.nodes]
-        self.liars = set(draw.sample(range(NODES), liars))
-        self.accuracy = [self._accuracy(number) for number in range(NODES)]
-        self.ledger = Ledger("bench", lambda key: key in self.keys)
-        self.tally = Tally()
-
-    def _accuracy(self, number: int) -> dict[str, float]:
-        if number in self.liars:
-            return dict.fromkeys(SKILLS, 1 / OPTIONS)
-        strong = self.draw.sample(SKILLS, self.draw.randint(1, 2))
-        return {skill: EXPERT if skill in strong else LAYMAN for skill in SKILLS}
-
-    def claims(self, number: int) -> dict[str, float]:
-        return dict.fromkeys(SKILLS, 1.0) if number in self.liars else self.accuracy[number]
-
-    def calibrate(self, count: int) -> None:
-        """One node sets another a task whose answer it knows, and attests how that went."""
-        attester, subject = self.draw.sample(range(NODES), 2)
-        skill = self.draw.choice(SKILLS)
-        score = float(self.draw.random() < self.accuracy[subject][skill])
-        if attester in self.liars:
-            score = float(subject in self.liars)
-        what = Attestation(skill=skill, task=Task(env="calibration", id=skill, seed=count), answer="", score=score)
-        self.ledger.write(self.nodes[attester], self.keys[subject], what, float(count))
-        self.tally.add(self.keys[attester], self.ledger.since(self.keys[attester], -1)[-1])
-
-    def solve(self, needs: list[str], truth: str, *, by_claims: bool = False) -> list[Ballot]:
-        """Five chains, each executed by whoever is free and best by the ledger (or by what nodes say of themselves)."""
-        wrong = [str(option) for option in range(OPTIONS) if str(option) != truth]
-        ballots = []
-        for chain in range(CHAINS):
-            right, lied, weights = True, False, []
-            for skill in needs:
-                free = [number for number in range(NODES) if self.draw.random() < FREE] or [0]
-                if by_claims:
-                    number = max(free, key=lambda one: (self.claims(one)[skill], self.draw.random()))
-                    weights.append(self.claims(number)[skill])
-                else:
-                    offers = [Candidate(f"{one:02}", self.keys[one], 1.0, 0.0, self.claims(one)) for one in free]
-                    best = rank(self.tally, offers, skill, lambda a, b: float(a == b))[0]
-                    number = int(best.candidate.id)
-                    weights.append(best.match.mean * best.standing)
-                lied = lied or number in self.liars
-                right = right and self.draw.random() < self.accuracy[number][skill]
-            lie = wrong[0] if lied and self.colluding else self.draw.choice(wrong)
-            ballots.append(Ballot(str(chain), truth if right else lie, weights))
-        return ballots
-
-    def mass(self) -> float:
-        """The liars' share of all capability that the ledger sees."""
-        of = [sum(self.tally.capability(key, skill).mean for skill in SKILLS) for key in self.keys]
-        return sum(of[number] for number in self.liars) / sum(of)
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
-def play(share: float, colluding: bool, problems: int, seed: int) -> dict[str, Any]:
-    """One row: `problems` problems with this share of liars."""
+class Swarm:
+    """Node processes, and one node in this process that poses problems."""
+
+    def __init__(self, poser: CollectiveNode, processes: list[asyncio.subprocess.Process]) -> None:
+        self.poser = poser
+        self.processes = processes
+
+    def kill(self, number: int) -> None:
+        """End one node as a power cut would."""
+        os.kill(self.processes[number].pid, signal.SIGKILL)
+
+
+@asynccontextmanager
+async def swarm(accuracy: float, seed: int) -> AsyncIterator[Swarm]:
+    """`NODES` processes that all see each other."""
+    root = Identity(Random(seed).randbytes(32))
+    async with AsyncExitStack() as stack:
+        fabric = await stack.enter_async_context(await Fabric.listen(root))
+        ticket = fabric.ticket(RUN, secrets.token_bytes(16))
+        now = time.time()
+
+        def setup(identity_seed: bytes) -> Setup:
+            key = Identity(identity_seed).public_key
+            return Setup(
+                seed=identity_seed.hex(),
+                ticket=ticket.encode(),
+                root=root.public_key,
+                grant=issue(root, RUN, key, ("agent",), now, 3600.0),
+                step_s=STEP_S,
+                accuracy=accuracy,
+                others=NODES,
+                listens_s=LISTENS_S,
+                lease_s=LEASE_S,
+            )
+
+        processes = []
+        for number in range(NODES):
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-c",
+                "import _collective_node; _collective_node.main()",
+                cwd=Path(__file__).parent,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+            )
+            stack.push_async_callback(_end, process)
+            assert process.stdin is not None
+            process.stdin.write(msgspec.json.encode(setup(Random(f"{seed} {number}").randbytes(32))) + b"\n")
+            processes.append(process)
+        own = secrets.token_bytes(32)
+        asking = await stack.enter_async_context(await Fabric.connect(Identity(own), ticket))
+        poser = await enter(stack, setup(own), asking, asks_only=True)
+        await everybody(poser, NODES)
+        try:
+            async with asyncio.timeout(READY_S):
+                for process in processes:
+                    assert process.stdout is not None
+                    if await process.stdout.readline() != b"ready\n":
+                        raise TaskError("a node of the collective ended at its start.")
+        except TimeoutError:
+            raise TaskError(f"the nodes did not find each other within {READY_S:.0f} s.") from None
+        yield Swarm(poser, processes)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
+    try:
+        async with asyncio.timeout(10.0):
+            await process.wait()
+    except TimeoutError:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+def problem(draw: Random) -> str:
+    """One of `STEPS` steps."""
+    return str(draw.randint(2, 9)) + "".join(f" {draw.choice('+*')} {draw.randint(2, 9)}" for _ in range(STEPS))
+
+
+async def steps(rounds: int, seed: int) -> Result:
+    """How much longer a chain takes than its steps, and how long a beacon takes."""
     draw = Random(seed)
-    nodes = Collective(round(share * NODES), colluding, draw)
-    weighted, majority, claimed = [], [], []
-    first = nodes.mass()
-    for _ in range(problems):
-        needs = draw.sample(SKILLS, STEPS)
-        truth = str(draw.randrange(OPTIONS))
-        ballots = nodes.solve(needs, truth)
-        weighted.append(vote(ballots).answer == truth)
-        majority.append(vote(ballots, weighted=False).answer == truth)
-        claimed.append(vote(nodes.solve(needs, truth, by_claims=True)).answer == truth)
-        if len(weighted) % BATCH == 0:
-            for number in range(BATCH):
-                nodes.calibrate(len(weighted) + number)
-    low, high = paired_interval(majority, weighted)
-    trust = nodes.tally.trust()
+    beacons, rows = [], []
+    async with swarm(1.0, seed) as nodes:
+        for _ in range(20):
+            began = time.perf_counter()
+            found = await nodes.poser.choose(SKILLS[0], LEASE_S)
+            beacons.append(time.perf_counter() - began)
+            if not found:
+                raise TaskError("nobody answered a beacon.")
+        for number in range(rounds):
+            text = problem(draw)
+            solved = await nodes.poser.solve(text, planners=PLANNERS, timeout_s=60.0)
+            over = (solved.seconds - STEPS * STEP_S) / solved.seconds
+            right = solved.answer == answer_of(text)
+            rows.append({"part": "steps", "seconds": solved.seconds, "overhead": over, "right": right})
+            say(f"steps {number + 1}/{rounds}: {solved.seconds:.2f} s for {STEPS * STEP_S:.0f} s of steps")
+    return rows, {
+        "overhead_fraction": statistics.median(row["overhead"] for row in rows),
+        "overhead_fraction_max": max(row["overhead"] for row in rows),
+        "beacon_ms": 1e3 * statistics.median(beacons),
+        "beacon_max_ms": 1e3 * max(beacons),
+        "steps_wrong": float(sum(not row["right"] for row in rows)),
+    }
+
+
+async def deaths(most: int, at_once: int, seed: int) -> Result:
+    """Problems in flight while nodes are killed, and problems posed afterwards."""
+    rows = []
+    for count in range(most + 1):
+        row = await _deaths(count, at_once, seed)
+        rows.append(row)
+        say(f"{count} of {NODES} killed: {row['right']:.2f} right, {row['unfinished']} unfinished")
+    return rows, {
+        "unfinished": float(sum(row["unfinished"] for row in rows)),
+        "right_without_deaths": rows[0]["right"],
+        "right_with_most_deaths": rows[-1]["right"],
+    }
+
+
+async def _deaths(count: int, at_once: int, seed: int) -> dict[str, Any]:
+    draw = Random(f"{seed} {count}")
+    async with swarm(0.9, seed) as nodes:
+
+        async def solve(text: str) -> tuple[str, str | None]:
+            found = await nodes.poser.solve(text, planners=PLANNERS, timeout_s=90.0)
+            return text, found.answer
+
+        flying = [asyncio.create_task(solve(problem(draw))) for _ in range(at_once)]
+        for number in draw.sample(range(NODES), count):
+            await asyncio.sleep(draw.uniform(0.0, 2.0))
+            nodes.kill(number)
+        during = await asyncio.gather(*flying)
+        after = await asyncio.gather(*(solve(problem(draw)) for _ in range(at_once)))
+    every = [*during, *after]
     return {
-        "liars": len(nodes.liars),
-        "share": share,
-        "kind": "colluding" if colluding else "random",
-        "problems": problems,
-        "weighted": sum(weighted) / problems,
-        "majority": sum(majority) / problems,
-        "by_claims": sum(claimed) / problems,
-        "weighted_minus_majority": (sum(weighted) - sum(majority)) / problems,
-        "interval": [low, high],
-        "liars_mass_first": first,
-        "liars_mass_last": nodes.mass(),
-        "liars_trust_max": max((trust.get(nodes.keys[one], 1.0) for one in nodes.liars), default=0.0),
-        "honest_trust_min": min(trust.get(nodes.keys[one], 1.0) for one in range(NODES) if one not in nodes.liars),
+        "part": "deaths",
+        "killed": count,
+        "problems": len(every),
+        "unfinished": sum(answer is None for _, answer in every),
+        "right": sum(answer == answer_of(text) for text, answer in every) / len(every),
+    }
+
+
+def liars(problems: int, shares: list[float], seed: int) -> Result:
+    """The weighted vote against the majority, with liars among the nodes."""
+    rows = []
+    for share in shares:
+        for colluding in (False, True) if share else (False,):
+            row = play(share, colluding, problems if share == 0.3 else max(problems // 5, 1), seed)
+            say(
+                f"{row['liars']} {row['kind']} liars of {NODES}: weighted {row['weighted']:.3f}, majority "
+                f"{row['majority']:.3f}, by claims {row['by_claims']:.3f}"
+            )
+            rows.append({"part": "liars", **row})
+    at_30 = [row for row in rows if row["share"] == 0.3]
+    if not at_30:
+        return rows, {}
+    return rows, {
+        "weighted_minus_majority_at_30pct": min(row["weighted_minus_majority"] for row in at_30),
+        "weighted_minus_majority_low": min(row["interval"][0] for row in at_30),
+        "liars_mass_last_over_first": max(row["liars_mass_last"] / row["liars_mass_first"] for row in at_30),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--problems", type=int, default=10_000, help="Of the row at 30 %%; the others have a fifth.")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.3, 0.4])
+    parser.add_argument("--only", nargs="+", choices=["steps", "deaths", "liars"], default=["steps", "deaths", "liars"])
+    parser.add_argument("--rounds", type=int, default=10, help="Problems of the part `steps`.")
+    parser.add_argument("--killed", type=int, default=5, help="Most nodes that are killed at once.")
+    parser.add_argument("--at-once", type=int, default=4, help="Problems in flight while nodes are killed.")
+    parser.add_argument("--problems", type=int, default=10_000, help="With 30 %% of liars; other rows have a fifth.")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.3, 0.4], help="Of liars.")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    rows = []
-    for share in arguments.shares:
-        for colluding in (False, True) if share else (False,):
-            problems = arguments.problems if share == 0.3 else max(arguments.problems // 5, 1)
-            row = play(share, colluding, problems, arguments.seed)
-            print(
-                f"{row['liars']} {row['kind']} liars of {NODES}: weighted {row['weighted']:.3f}, majority "
-                f"{row['majority']:.3f}, by claims {row['by_claims']:.3f}",
-                file=sys.stderr,
-            )
-            rows.append(row)
-    at_30 = [row for row in rows if row["share"] == 0.3]
+    rows: list[dict[str, Any]] = []
     headline: dict[str, float] = {}
-    if at_30:
-        worst = min(at_30, key=lambda row: row["weighted_minus_majority"])
-        headline = {
-            "weighted_minus_majority_at_30pct": worst["weighted_minus_majority"],
-            "weighted_minus_majority_low": min(row["interval"][0] for row in at_30),
-            "liars_mass_last_over_first": max(row["liars_mass_last"] / row["liars_mass_first"] for row in at_30),
-        }
+    for part in arguments.only:
+        if part == "steps":
+            found, numbers = asyncio.run(steps(arguments.rounds, arguments.seed))
+        elif part == "deaths":
+            found, numbers = asyncio.run(deaths(arguments.killed, arguments.at_once, arguments.seed))
+        else:
+            found, numbers = liars(arguments.problems, arguments.shares, arguments.seed)
+        rows += found
+        headline |= numbers
     emit(rows, headline)
 
 

@@ -33,7 +33,7 @@ async def listener() -> AsyncIterator[Fabric]:
 
 def here(*nodes: CollectiveNode) -> bool:
     """Whether all of them see each other."""
-    return all(len(node._peers()) == len(nodes) - 1 for node in nodes)
+    return all(node.num_peers == len(nodes) - 1 for node in nodes)
 
 
 def equals(right: str, result: str) -> float:

@@ -91,6 +91,7 @@ class CollectiveNode:
         self._commissions = Commissions(self._fabric, self.chains, writer, lambda: self.tally().skills)
         self._poser = Poser(self._fabric, run, self._market, tally=self.tally, similar=similar)
         self.solve = self._poser.solve
+        self.choose = self._market.choose
         self._background: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
 
@@ -138,6 +139,11 @@ class CollectiveNode:
                 log.warning("a contribution is not in the ledger: %s", error)
 
     # Life
+
+    @property
+    def num_peers(self) -> int:
+        """Other agents that are here."""
+        return len(self._peers())
 
     def _peers(self) -> list[bytes]:
         """The other agents that are here."""
