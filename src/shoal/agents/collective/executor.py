@@ -183,8 +183,10 @@ class Executor:
                 task.cancel()
             found = await asyncio.gather(acting, beating, return_exceptions=True)
             for problem in found:
-                if isinstance(problem, Exception):
-                    log.warning("step %d broke: %s", place.step, problem)
+                if isinstance(problem, NetworkError):
+                    log.info("nobody waits for step %d any more: %s", place.step, problem)
+                elif isinstance(problem, Exception):
+                    raise problem
 
     async def _act(self, place: Place, planner: bytes, briefing: Briefing) -> None:
         assert self._expert is not None, "only a node with an expert has slots"
