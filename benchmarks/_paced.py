@@ -4,8 +4,9 @@ Imported as `_paced` by the processes of a run. A paced worker draws each rollou
 the rollout's time is over: it has `PACED_SLOTS` servers, each of which takes `PACED_ROLLOUT_S` for a group, one after
 the other. What leasing and handing in take in between, up to `PACED_FORGIVEN_S`, is not added, so that a busy machine
 does not make the worker slower than it should be. A snapshot reaches it after `PACED_BCAST_S`, in which its clock
-stands still (`PACED_STALL` = 1, ECHO-2's pause) or goes on (0, staging). A paced learner takes its real step, and waits
-until `PACED_TRAIN_S` are over.
+stands still (`PACED_STALL` = 1, ECHO-2's pause) or goes on (0, staging). Snapshots lie in the run's folder or, with
+`PACED_RELAY_HOST`, come over the network: over direct links where that names an address, else from the learner alone.
+A paced learner takes its real step, and waits until `PACED_TRAIN_S` are over.
 """
 
 from __future__ import annotations
@@ -148,7 +149,8 @@ async def _work(ticket_text: str, name: str, run: Path) -> None:
         device="cpu",
         max_sequences=int(os.environ["PACED_SLOTS"]) * int(os.environ["PACED_GROUP_SIZE"]),
         cache_tokens=4096,
-        local_store=run / "snapshots",
+        local_store=None if "PACED_RELAY_HOST" in os.environ else run / "snapshots",
+        relay_host=os.environ.get("PACED_RELAY_HOST", ""),
     )
     ticket = Ticket.decode(ticket_text)
     with worker_identity(run / "identity" / name) as identity:

@@ -1,44 +1,19 @@
-"""Sixty questions shaped like GAIA's, over files made here, and three ways to work on them with the same tools.
+"""Sixty questions shaped like GAIA's, over files made here, each with a solver.
 
 Six kinds, ten questions each (seeds 0 to 9): totals over web pages, comparisons of texts, facts found over several
 documents, counts in a long file, statistics of a table, facts found by searching. Each kind has a solver: a generator
-that yields the calls that it could make now, is sent their values, and returns the answer. It stands for a model that
-knows what to do, so what differs is only how calls are scheduled:
-
-- `ours`: all calls that are possible now are one decision;
-- `sequential`: one call a decision (ReAct);
-- `minions`: a fixed supervisor with one worker type, which reads: it first has all chunks of all documents read, since
-  it has no search, and works out the rest itself.
-
-A decision takes `DECISION_S`, which stands for a quick model. Tokens are the characters of the prompts and decisions
-that a model would have read and written, divided by four.
+that yields the calls that it could make now, is sent their values, and returns the answer; and what a supervisor that
+has read everything would work out.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
 import random
 import re
-import sys
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from shoal.agents.scheduler.log import EventLog
-from shoal.agents.scheduler.policy import ScriptedPolicy, View
-from shoal.agents.scheduler.prompt import messages
-from shoal.agents.scheduler.records import Budget, Call, Decision, RunEvent, RunRequest
-from shoal.agents.scheduler.service import Runs
-from shoal.agents.tools.card import Use
-from shoal.agents.tools.mcp_client import McpServers
-from shoal.agents.tools.mcp_json import ServerConfig, StdioServer
-from shoal.agents.tools.outcome import Failure
-from shoal.agents.tools.toolbox import Toolbox
-
-DECISION_S = 0.2
 
 Wanted = tuple[str, dict[str, Any]]
 Solver = Generator[list[Wanted], list[Any], str]
@@ -201,7 +176,9 @@ def searched(folder: Path, draw: random.Random) -> Question:
     return Question("searched", text, str(sum(weights[one] for one in wanted)), solve, add_up)
 
 
-SERVED: dict[Callable[[Path, random.Random], Question], tuple[str, ...]] = {
+Kind = Callable[[Path, random.Random], Question]
+
+SERVED: dict[Kind, tuple[str, ...]] = {
     totals: ("documents", "calculator"),
     compared: ("documents",),
     hops: ("documents",),
@@ -211,117 +188,12 @@ SERVED: dict[Callable[[Path, random.Random], Question], tuple[str, ...]] = {
 }
 """The kinds of questions, and the servers that each needs."""
 
-WAYS = ("ours", "sequential", "minions")
 
-
-def make(folder: Path, kind: Callable[[Path, random.Random], Question], seed: int) -> Question:
+def make(folder: Path, kind: Kind, seed: int) -> Question:
     """A question with its files, among others that have nothing to do with it."""
     draw = random.Random(f"{kind.__name__} {seed}")
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for number in range(6):
         words = " ".join(draw.choice(("stone", "lake", "paper", "winter", "road", "glass")) for _ in range(200))
         (folder / f"other {number}.txt").write_text(words)
     return kind(folder, draw)
-
-
-class Working:
-    """A script that works on one question in one way, and counts what a model would have read and written."""
-
-    def __init__(self, question: Question, way: str) -> None:
-        self._question, self._way = question, way
-        self._steps = question.solve() if way != "minions" else self._supervise()
-        self._wave: list[Wanted] | None = None
-        self._values: list[Any] = []
-        self._asked = 0
-        self.tokens = 0
-
-    async def decide(self, view: View) -> Decision:
-        await asyncio.sleep(DECISION_S)
-        decision = self._next(view)
-        written = json.dumps({"answer": decision.answer, "calls": [call.arguments for call in decision.calls]})
-        self.tokens += (sum(len(message.content) for message in messages(view, "full")) + len(written)) // 4
-        return decision
-
-    def _next(self, view: View) -> Decision:
-        last = view.steps[-1].calls if view.steps else []
-        if any(isinstance(view.calls[name].outcome, Failure) for name in last):
-            return Decision(answer="unknown")
-        self._values += [view.value(name) for name in last]
-        try:
-            if self._wave is None:
-                self._wave = next(self._steps)
-            elif len(self._values) == len(self._wave):
-                values, self._values, self._asked = self._values, [], 0
-                self._wave = self._steps.send(values)
-        except StopIteration as ended:
-            return Decision(answer=ended.value)
-        wanted: Iterable[Wanted] = self._wave[self._asked :]
-        wanted = list(wanted)[:1] if self._way == "sequential" else list(wanted)
-        self._asked += len(wanted)
-        return Decision(calls=tuple(Call(id="", tool=tool, arguments=given) for tool, given in wanted))
-
-    def _supervise(self) -> Solver:
-        (names,) = yield [("documents.list_documents", {})]
-        firsts = yield [read(name) for name in names]
-        rest = [(one["document"], number) for one in firsts for number in range(1, one["chunks"])]
-        more = (yield [read(name, number) for name, number in rest]) if rest else []
-        texts: dict[str, str] = {}
-        for one in [*firsts, *more]:
-            texts[one["document"]] = "\n".join(filter(None, [texts.get(one["document"], ""), one["text"]]))
-        return self._question.minion(texts)
-
-
-def questions(path: Path, seeds: int = 10) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Sixty questions, each worked on in three ways with our MCP servers."""
-    use = Use(idempotent=True, timeout_s=60, max_concurrency=16)
-
-    async def work() -> list[dict[str, Any]]:
-        done: dict[str, list[tuple[bool, float, int, int, int]]] = {way: [] for way in WAYS}
-        log = EventLog(path / "questions.db")
-        for kind in SERVED:
-            for seed in range(seeds):
-                folder = path / f"{kind.__name__}-{seed}"
-                asked = make(folder, kind, seed)
-                async with McpServers([builtin_server(name, folder, use) for name in SERVED[kind]]) as servers:
-                    box = Toolbox(servers.tools)
-                    # Whoever is first warms the servers up, so each way is first as often as the others.
-                    for way in (*WAYS[seed % 3 :], *WAYS[: seed % 3]):
-                        results = done[way]
-                        working = Working(asked, way)
-                        runs = Runs(log, box, ScriptedPolicy(working.decide))
-                        name = runs.start(RunRequest(task=asked.text, budget=Budget(steps=64)))
-                        last = await runs.ended(name)
-                        events = list(log.events(name))
-                        right = last.data.get("answer") == asked.answer
-                        calls = sum(event.kind == "started" for event in events)
-                        decisions = sum(event.kind == "plan" for event in events)
-                        results.append((right, seconds_between(events), working.tokens, calls, decisions))
-                        await runs.close()
-        log.close()
-        return [
-            {
-                "way": way,
-                "questions": len(results),
-                "success": sum(one[0] for one in results) / len(results),
-                "latency_s": sum(one[1] for one in results) / len(results),
-                "tokens": sum(one[2] for one in results) / len(results),
-                "calls": sum(one[3] for one in results) / len(results),
-                "decisions": sum(one[4] for one in results) / len(results),
-            }
-            for way, results in done.items()
-        ]
-
-    rows = asyncio.run(work())
-    return rows, {f"{row['way']}_{key}": row[key] for row in rows for key in ("success", "latency_s", "tokens")}
-
-
-def seconds_between(events: list[RunEvent]) -> float:
-    """From the run's first event to its last."""
-    return events[-1].time - events[0].time
-
-
-def builtin_server(name: str, root: Path, use: Use) -> ServerConfig:
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = ("-m", "shoal.cli", "tools", "serve", name, "--root", str(root))
-    where = StdioServer(command=sys.executable, args=command, env=environment)
-    return ServerConfig(name=name, where=where, use=use)

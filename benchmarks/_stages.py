@@ -80,6 +80,20 @@ async def ready(served: Served, stages: int) -> None:
         await asyncio.sleep(0.05)
 
 
+def nodes(served: Served) -> list[dict[str, Any]]:
+    """Who computes which layers, and how far from the requester."""
+    return [
+        {
+            "node": peer.node_id,
+            "name": peer.name,
+            "device": peer.device,
+            "layers": [first, last],
+            "delay_s": peer.offer.delay_s if peer.offer else None,
+        }
+        for peer, first, last in served.stages.placements
+    ]
+
+
 async def draw(engine: Engine, prompts: Sequence[tuple[int, ...]], tokens: int) -> list[Completion]:
     """All together, greedily."""
     params = SamplingParams(max_tokens=tokens, temperature=0.0)
@@ -133,7 +147,7 @@ async def beside_local(
             for who, seconds in taken.items():
                 row = {"part": "pipeline", "engine": who, "streams": len(prompts), "token_s": seconds}
                 rows.append({**row, "processor_s": processor[who]})
-            rows[-1] |= {"hop_s": statistics.median(hops), "last_busy_s": busy_s}
+            rows[-1] |= {"hop_s": statistics.median(hops), "last_busy_s": busy_s, "nodes": nodes(served)}
             ratios = [a / b for a, b in zip(taken["local"], taken["stages"], strict=True)]
             headline[name] = statistics.median(ratios)
             headline[f"{name}_processor"] = processor["local"] / processor["stages"]
@@ -143,15 +157,22 @@ async def beside_local(
 
 
 async def failing(
-    model: LocalModel, texts: Sequence[str], *, threads: int, trials: int, tokens: int
+    model: LocalModel, texts: Sequence[str], *, threads: int, trials: int, tokens: int, budget_s: float
 ) -> tuple[list[dict[str, Any]], list[tuple[tuple[int, ...], Completion, Completion]]]:
-    """Requests in whose middle a stage is killed (-9), and what an undisturbed run gave."""
+    """Requests in whose middle a stage is killed (-9), and what an undisturbed run gave.
+
+    No further one is begun after `budget_s`.
+    """
     stream = random.Random(0)
-    rows, pairs = [], []
+    rows: list[dict[str, Any]] = []
+    pairs = []
+    began = time.monotonic()
     async with over(model, 3, threads, "fp32", in_flight=1) as served:
         engine = served.engine
         prompts = prompts_of(engine, texts)
         for trial in range(trials):
+            if time.monotonic() > began + budget_s:
+                break
             prompt = prompts[trial % len(prompts)]
             params = SamplingParams(max_tokens=tokens, temperature=0.0)
             started = time.perf_counter()
@@ -246,10 +267,10 @@ async def _requester(host: str, asked: dict[str, Any]) -> None:
             alone.append(await token_s(local, prompts[:1], tokens))
             one.append(await token_s(engine, prompts[:1], tokens))
             sixteen.append(await token_s(engine, prompts[:16], tokens))
-        order = [(peer.name, first, last) for peer, first, last in served.stages.placements]
+        order = nodes(served)
         await draw(engine, prompts[:1], 4)
         round_s, busy_s = engine.last_round
-    found = {"alone_s": alone, "one_s": one, "sixteen_s": sixteen, "order": order, "lanes": len(engine.lanes)}
+    found = {"alone_s": alone, "one_s": one, "sixteen_s": sixteen, "nodes": order, "lanes": len(engine.lanes)}
     print(json.dumps({**found, "round_s": round_s, "busy_s": busy_s}), flush=True)
 
 

@@ -35,7 +35,7 @@ def main() -> None:
         "send_buffer_watermark": 3 * 2**20,
     }
     session = lt.session(settings)
-    with tempfile.TemporaryDirectory(prefix="shoal-torrent-") as scratch:
+    with tempfile.TemporaryDirectory(dir=task["scratch"]) as scratch:
         is_source = task["role"] == "source"
         if is_source:
             (Path(scratch) / "w").write_bytes(random.Random(0).randbytes(task["num_bytes"]))

@@ -5,10 +5,17 @@ runs from the moment when all are told that a version is there until the last on
 until its client says that the file is whole). `fluid` is the bound that no plan can beat (docs/broadcast.md).
 
     shoal bench broadcast --json                  # everything; needs root and /dev/net/tun
-    shoal bench broadcast -- --mib 8 --only even  # a smaller file, some of the parts
+    shoal bench broadcast -- --only even --alone  # some of the parts, without the peers
 
-Parts: `even` (8 nodes, 40 Mb/s each way, 40 ms), `uneven` (16 nodes, uplinks 5 to 100 Mb/s), `growth` (4 to 32 nodes),
-`faults` (a relay killed or stopped at each quarter; three of sixteen killed), `liar` (a relay that turns bits over).
+All nodes and the lab's switch share this machine's processors, which a real swarm does not: at 40 Mb/s eight nodes
+keep two cores busy all the time, and the processor would be measured. So links are slower here by `--slower` (4: 10
+instead of 40 Mb/s) for all systems alike, and delays are not; `processors_idle` says how idle the machine was. With
+more nodes, links are slower by another factor, which a row's `mbps` shows.
+
+Parts: `even` (8 nodes, 40 Mb/s each way, 40 ms), `uneven` (16 nodes, uplinks 5 to 100 Mb/s, told and measured),
+`growth` (4 to 32 nodes), `faults` (a relay killed or stopped at each quarter; three of sixteen killed), `liar` (a relay
+that serves corrupted, reordered, old or foreign chunks), `joiner` (one that comes later, and one that holds a quarter
+of the tensors), `training` (the learner's utilisation in a run over slow links, with a star and with relays).
 """
 
 from __future__ import annotations
@@ -19,315 +26,191 @@ import json
 import os
 import signal
 import sys
-import tempfile
-import time
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Awaitable
 from typing import Any
 
-from shoal.lab.network import Network, Node
-from shoal.lab.packet import PacketLab, own_environment, packet_lab
-from shoal.planning.spreading import fluid_s, star_s
+from _broadcast_training import training
+from _spreading import Fault, Row, Setting, Swarm, file_tree, ours, spread, swarm, torrent
 
-from _common import benchmark, emit, peer_env
+from _common import benchmark, emit
 
-SOURCE = "source"
-START_S = 120.0
-"""Interpreters start one after the other on few cores."""
+PARTS = ("even", "uneven", "growth", "faults", "liar", "joiner", "training")
+LIES = ("corrupted", "reordered", "old", "foreign")
 
-PARTS = ("even", "uneven", "growth", "faults", "liar")
-LIBTORRENT = "libtorrent==2.1.1"
+EVEN_MBPS = 40.0
+UNEVEN_SLOWER = 4.0
+"""Sixteen nodes with uplinks of 940 Mb/s in all: slower once more."""
 
-
-@dataclass(frozen=True)
-class Setting:
-    """A network and a file."""
-
-    name: str
-    num_bytes: int
-    source_mbps: float
-    up_mbps: tuple[float, ...]
-    down_mbps: float
-    delay_ms: float
-
-    @property
-    def names(self) -> list[str]:
-        return [f"n{i:02}" for i in range(len(self.up_mbps))]
-
-    @property
-    def network(self) -> Network:
-        """Half of the delay on either side of the middle."""
-        half = self.delay_ms / 2
-        links = zip(self.names, self.up_mbps, strict=True)
-        nodes = [Node(name=name, up_mbps=up, down_mbps=self.down_mbps, delay_ms=half) for name, up in links]
-        source = Node(name=SOURCE, up_mbps=self.source_mbps, down_mbps=self.source_mbps, delay_ms=half)
-        return Network(nodes=(source, *nodes), tick_ms=2.0)
-
-    @property
-    def fluid_s(self) -> float:
-        rates = [125e3 * up for up in self.up_mbps]
-        return fluid_s(self.num_bytes, 125e3 * self.source_mbps, rates, [125e3 * self.down_mbps] * len(rates))
-
-    @property
-    def star_s(self) -> float:
-        return star_s(self.num_bytes, 125e3 * self.source_mbps, [125e3 * self.down_mbps] * len(self.up_mbps))
+GROWTH_SLOWER = 8.0
+"""Thirty-two nodes, likewise."""
 
 
-def even(num_bytes: int, count: int = 8, mbps: float = 40.0) -> Setting:
+def even(num_bytes: int, slower: float, count: int = 8) -> Setting:
     """As many nodes alike."""
-    return Setting("even", num_bytes, mbps, (mbps,) * count, mbps, 40.0)
+    rate = EVEN_MBPS / slower
+    return Setting("even", num_bytes, rate, (rate,) * count, rate)
 
 
-def uneven(num_bytes: int) -> Setting:
+def uneven(num_bytes: int, slower: float) -> Setting:
     """16 uplinks from 5 to 100 Mb/s, evenly spaced; the source sends, and all take, 100 Mb/s."""
-    return Setting("uneven", num_bytes, 100.0, tuple(5.0 + i * 95.0 / 15 for i in range(16)), 100.0, 40.0)
+    ups = tuple((5.0 + i * 95.0 / 15) / slower for i in range(16))
+    return Setting("uneven", num_bytes, 100.0 / slower, ups, 100.0 / slower)
 
 
-class Member:
-    """A node's process and what it said."""
-
-    def __init__(self, name: str, process: Process) -> None:
-        self.name, self.process = name, process
-        self.quarter = 0
-
-    async def hear(self, key: str, timeout_s: float) -> dict[str, Any]:
-        """Its next line that has `key`."""
-        assert self.process.stdout is not None
-        async with asyncio.timeout(timeout_s):
-            while line := await self.process.stdout.readline():
-                said: dict[str, Any] = json.loads(line)
-                self.quarter = max(self.quarter, said.get("quarter", 0))
-                if key in said:
-                    return said
-        raise RuntimeError(f"{self.name} ended")
-
-    def tell(self, **order: Any) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(order).encode() + b"\n")
-
-
-class Swarm:
-    """A lab with a source that has a version and nodes that are ready for it."""
-
-    def __init__(self, setting: Setting, lab: PacketLab) -> None:
-        self.setting, self.lab = setting, lab
-        self.source: Member
-        self.members: dict[str, Member] = {}
-        self.links: dict[str, list[Any]] = {}
-        self.hash = ""
-
-    async def spawn(self, name: str, script: str, python: str = sys.executable, **task: Any) -> Member:
-        """A process at a node."""
-        here = Path(__file__).with_name(script)
-        task = {"host": self.lab.address(name), "num_bytes": self.setting.num_bytes, **task}
-        argv = [python, here, json.dumps(task)]
-        environment = {**own_environment(), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        process = await self.lab.run(name, argv, env=environment, stdin=PIPE, stdout=PIPE)
-        return Member(name, process)
-
-    def timeout_s(self) -> float:
-        return 60.0 + 4 * self.setting.star_s
-
-    async def finished(self, started: float, *, without: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-        """What each node said when it was whole, with its seconds."""
-        members = [member for name, member in self.members.items() if name not in without]
-        said = await asyncio.gather(*(member.hear("whole_at", self.timeout_s()) for member in members))
-        found = {}
-        for member, words in zip(members, said, strict=True):
-            if self.hash and words["hash"] != self.hash:
-                raise RuntimeError(f"{member.name} loaded something else")
-            found[member.name] = {**words, "seconds": words["whole_at"] - started}
-        return found
-
-
-@asynccontextmanager
-async def swarm(setting: Setting, *, relays: bool = True, lies: str = "") -> AsyncIterator[Swarm]:
-    """Everybody there, and introduced."""
-    async with packet_lab(setting.network) as lab:
-        made = Swarm(setting, lab)
-        rates = {"up_mbps": setting.source_mbps, "down_mbps": setting.source_mbps}
-        made.source = await made.spawn(SOURCE, "_broadcast_node.py", role="source", **rates)
-        said = await made.source.hear("ticket", START_S)
-        made.hash = said["hash"]
-        for name, up in zip(setting.names, setting.up_mbps, strict=True):
-            made.members[name] = await made.spawn(
-                name,
-                "_broadcast_node.py",
-                role="worker",
-                ticket=said["ticket"],
-                up_mbps=up,
-                down_mbps=setting.down_mbps,
-                relays=relays,
-                lies=name == lies,
-            )
-        for name, member in made.members.items():
-            ready = await member.hear("ready", START_S)
-            made.links[name] = [*ready["link"], ready["key"]]
-        yield made
-
-
-async def ours(
-    setting: Setting, *, relays: bool = True, fault: Callable[[Swarm], Any] | None = None, victims: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """One version to all of them; `fault` happens meanwhile, and `victims` need not finish."""
-    async with swarm(setting, relays=relays) as made:
-        started = time.time()
-        for member in made.members.values():
-            member.tell(go=True)
-        trouble = asyncio.create_task(fault(made)) if fault is not None else None
-        found = await made.finished(started, without=victims)
-        if trouble is not None:
-            await trouble
-        made.source.tell(report=True)
-        sent = await made.source.hear("sent", 30)
-        late_s = (await made.lab.statistics()).late_max_s
-    seconds = [words["seconds"] for words in found.values()]
-    return {
-        "seconds": max(seconds),
-        "first_s": min(seconds),
-        "source_sent_files": sum(sent["sent"].values()) / setting.num_bytes,
-        "cpu_s": sum(words["cpu_s"] for words in found.values()),
-        "lab_late_ms": 1e3 * late_s,
-    }
-
-
-async def file_tree(setting: Setting, fan_out: int = 2) -> dict[str, Any]:
-    """Each node takes the whole file from its parent, which has it by then; SHARDCAST's way of relaying."""
-    async with swarm(setting, relays=False) as made:
-        names = setting.names
-        whole = [asyncio.Event() for _ in names]
-        started = time.time()
-
-        async def take(place: int) -> float:
-            member = made.members[names[place]]
-            if place < fan_out:
-                member.tell(go=True)  # from the source
-            else:
-                parent = place // fan_out - 1
-                await whole[parent].wait()
-                member.tell(parent=made.links[names[parent]])
-            said = await member.hear("whole_at", made.timeout_s())
-            whole[place].set()
-            return float(said["whole_at"]) - started
-
-        seconds = await asyncio.gather(*(take(place) for place in range(len(names))))
-    return {"seconds": max(seconds), "first_s": min(seconds)}
-
-
-async def torrent(setting: Setting) -> dict[str, Any]:
-    """libtorrent; everybody is told of everybody, so no tracker delays it."""
-    python = str(peer_env("libtorrent", [LIBTORRENT]))
-    with tempfile.TemporaryDirectory(prefix="shoal-torrent-") as scratch:
-        async with packet_lab(setting.network) as lab:
-            made = Swarm(setting, lab)
-            file = str(Path(scratch) / "w.torrent")
-            addresses = {name: lab.public_address(name) for name in (SOURCE, *setting.names)}
-            for name in addresses:
-                others = [address for other, address in addresses.items() if other != name]
-                member = await made.spawn(
-                    name,
-                    "_torrent_node.py",
-                    python,
-                    role="source" if name == SOURCE else "worker",
-                    torrent=file,
-                    others=others,
-                )
-                await member.hear("ready", START_S)
-                if name == SOURCE:
-                    made.source = member
-                else:
-                    made.members[name] = member
-            started = time.time()
-            for member in (made.source, *made.members.values()):
-                member.tell(go=True)
-            seconds = [words["seconds"] for words in (await made.finished(started)).values()]
-    return {"seconds": max(seconds), "first_s": min(seconds)}
-
-
-def at_quarter(quarter: int, number: int, *victims: str) -> Callable[[Swarm], Any]:
+def at_quarter(quarter: int, number: int, *victims: str) -> Fault:
     """Signal the victims when the first of them has that many quarters of the file; 0: at once."""
 
     async def happen(made: Swarm) -> None:
         member = made.members[victims[0]]
-        if quarter:
-            while member.quarter < quarter:
-                await member.hear("quarter", made.timeout_s())
+        while member.quarter < quarter:
+            await member.hear("quarter", made.timeout_s())
         for name in victims:
             os.kill(made.members[name].process.pid, number)
 
     return happen
 
 
-def note(row: dict[str, Any]) -> dict[str, Any]:
-    """Tell how far it is, on standard error."""
-    print(json.dumps(row), file=sys.stderr, flush=True)
-    return row
+class Bench:
+    """Runs parts and keeps what they came to."""
 
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.slower: float = options.slower
+        self.alone: bool = options.alone
+        self.size: int = options.mib * 2**20
+        self.rows: list[Row] = []
+        self.headline: dict[str, float] = {}
 
-async def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The parts asked for."""
-    rows: list[dict[str, Any]] = []
-    headline: dict[str, float] = {}
-    size = options.mib * 2**20
-
-    async def add(setting: Setting, system: str, measured: Any, **more: Any) -> float:
+    async def add(self, setting: Setting, system: str, measured: Awaitable[Row], **more: Any) -> float:
+        """A row of one system in one network; gives its seconds."""
         got = await measured
-        row = {"part": setting.name, "nodes": len(setting.up_mbps), "system": system, **more, **got}
-        row |= {"fluid_s": setting.fluid_s, "over_fluid": got["seconds"] / setting.fluid_s}
-        rows.append(note(row))
+        row = {"part": setting.name, "nodes": len(setting.up_mbps), "mbps": setting.source_mbps, "system": system}
+        row |= {**more, "fluid_s": setting.fluid_s, "over_fluid": got["seconds"] / setting.fluid_s, **got}
+        self.note(row)
         return float(got["seconds"])
 
-    if "even" in options.only:
-        setting = even(size, mbps=options.mbps)
-        mine = await add(setting, "shoal", ours(setting))
-        headline["ours_over_fluid"] = mine / setting.fluid_s
-        if not options.alone:
-            headline["libtorrent_over_ours"] = await add(setting, "libtorrent", torrent(setting)) / mine
-            headline["file_tree_over_ours"] = await add(setting, "file tree", file_tree(setting)) / mine
-            headline["star_over_ours"] = await add(setting, "star", ours(setting, relays=False)) / mine
-    if "uneven" in options.only:
-        setting = uneven(size)
-        headline["hetero_over_fluid"] = await add(setting, "shoal", ours(setting)) / setting.fluid_s
-        if not options.alone:
-            await add(setting, "libtorrent", torrent(setting))
-    if "growth" in options.only:
+    def note(self, row: Row) -> None:
+        """Keep a row, and tell how far it is on standard error."""
+        self.rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+
+    async def even(self) -> None:
+        setting = even(self.size, self.slower)
+        mine = await self.add(setting, "shoal", ours(setting))
+        self.headline["ours_over_fluid"] = mine / setting.fluid_s
+        if self.alone:
+            return
+        self.headline["libtorrent_over_ours"] = await self.add(setting, "libtorrent", torrent(setting)) / mine
+        self.headline["file_tree_over_ours"] = await self.add(setting, "file tree", file_tree(setting)) / mine
+        self.headline["star_over_ours"] = await self.add(setting, "star", ours(setting, relays=False)) / mine
+
+    async def uneven(self) -> None:
+        setting = uneven(self.size // 2, UNEVEN_SLOWER * self.slower)
+        seconds = await self.add(setting, "shoal", ours(setting), rates="told")
+        self.headline["hetero_over_fluid"] = seconds / setting.fluid_s
+        async with swarm(setting, tells_rates=False) as made:
+            for version in (1, 2, 3):
+                if version > 1:
+                    await made.publish(version)
+                seconds = await self.add(setting, "shoal", spread(made, version), rates=f"measured, version {version}")
+        self.headline["hetero_measured_over_fluid"] = seconds / setting.fluid_s
+        if not self.alone:
+            await self.add(setting, "libtorrent", torrent(setting))
+
+    async def growth(self) -> None:
         took = {}
         for count in (4, 8, 16, 32):
-            setting = even(size // 4, count, options.growth_mbps)
-            took[count] = await add(setting, "shoal", ours(setting), mbps=options.growth_mbps)
-        headline["growth_4_to_32"] = took[32] / took[4]
-    if "faults" in options.only:
-        setting = even(size // 2)
-        undisturbed = await add(setting, "shoal", ours(setting), fault="none")
+            setting = even(self.size // 8, GROWTH_SLOWER * self.slower, count)
+            took[count] = await self.add(setting, "shoal", ours(setting))
+        self.headline["growth_4_to_32"] = took[32] / took[4]
+
+    async def faults(self) -> None:
+        setting = even(self.size // 2, self.slower)
+        undisturbed = await self.add(setting, "shoal", ours(setting), fault="none")
         worst = 0.0
         for what, number in (("killed", signal.SIGKILL), ("stopped", signal.SIGSTOP)):
             for quarter in (0, 1, 2, 3):
                 fault = at_quarter(quarter, number, "n03")
                 measured = ours(setting, fault=fault, victims=("n03",))
-                took_s = await add(setting, "shoal", measured, fault=f"{what} at {quarter}/4")
+                took_s = await self.add(setting, "shoal", measured, fault=f"{what} at {quarter}/4")
                 worst = max(worst, took_s / undisturbed)
-        headline["worst_after_kill"] = worst
-        setting = even(size // 4, 16, options.growth_mbps)
+        self.headline["worst_after_kill"] = worst
+        setting = even(self.size // 16, GROWTH_SLOWER / 2 * self.slower, 16)
         dead = ("n02", "n07", "n11")
-        calm = await add(setting, "shoal", ours(setting), fault="none")
+        calm = await self.add(setting, "shoal", ours(setting), fault="none")
         measured = ours(setting, fault=at_quarter(2, signal.SIGKILL, *dead), victims=dead)
-        hit = await add(setting, "shoal", measured, fault="3 killed")
-        headline["three_of_sixteen_killed"] = hit / calm
-    if "liar" in options.only:
-        setting = even(size // 4)
-        async with swarm(setting, lies="n02") as made:
-            started = time.time()
-            for member in made.members.values():
-                member.tell(go=True)
-            found = await made.finished(started)  # raises where other bytes were loaded
-        named = sum(bool(words["blame"]) for name, words in found.items() if name != "n02")
-        seconds = max(words["seconds"] for words in found.values())
-        rows.append(note({"part": "liar", "nodes": 8, "system": "shoal", "seconds": seconds, "named_by": named}))
-        headline |= {"bad_loaded": 0.0, "liar_named_by": float(named)}
-    return rows, headline
+        hit = await self.add(setting, "shoal", measured, fault="3 killed")
+        self.headline["three_of_sixteen_killed"] = hit / calm
+
+    async def liar(self) -> None:
+        setting = even(self.size // 8, self.slower)
+        others = len(setting.names) - 1
+        fewest = others
+        for lie in LIES:
+            async with swarm(setting) as made:
+                liar, version = made.links["n02"][2], 1
+                if lie == "old":
+                    await made.finished(made.go(version))
+                    version += 1
+                    await made.publish(version)
+                made.members["n02"].tell(lie=lie)
+                found = await made.finished(made.go(version))  # raises where other bytes were loaded
+            honest = [words for name, words in found.items() if name != "n02"]
+            named = sum(liar_id(liar) in words["blame"] for words in honest)
+            taken = sum(words["received"].get(liar_id(liar), 0) for words in honest)
+            seconds = max(words["seconds"] for words in found.values())
+            row = {"part": "liar", "lie": lie, "nodes": len(found), "system": "shoal", "seconds": seconds}
+            self.note({**row, "over_fluid": seconds / setting.fluid_s, "named_by": named, "bytes_taken_from_it": taken})
+            fewest = min(fewest, named)
+        self.headline |= {"bad_loaded": 0.0, "liar_named_by_share": fewest / others}
+
+    async def joiner(self) -> None:
+        """After three versions, whose changes are small: a node that holds nothing, and one that wants a quarter."""
+        setting = even(self.size // 8, self.slower)
+        late, part = setting.names[-2:]
+        async with swarm(setting, parts={part: 1}) as made:
+            for version in (1, 2, 3):
+                if version > 1:
+                    await made.publish(version, nudge=True)
+                await made.finished(made.go(version, without=(late, part)), without=(late, part))
+            for name, what in ((late, "late"), (part, "quarter")):
+                others = tuple(other for other in made.members if other != name)
+                words = (await made.finished(made.go(3, without=others), without=others))[name]
+                taken = sum(words["received"].values()) / setting.num_bytes
+                from_learner = words["received"].get(learner_id(), 0) / setting.num_bytes
+                row = {"part": "joiner", "node": what, "system": "shoal", "seconds": words["seconds"]}
+                self.note({**row, "taken_files": taken, "of_it_from_the_source": from_learner})
+                self.headline |= {f"{what}_taken_files": taken, f"{what}_from_source_files": from_learner}
+                self.headline[f"{what}_over_link"] = words["seconds"] / (setting.num_bytes / setting.down_mbps / 125e3)
+
+    async def training(self) -> None:
+        for relays in (False, True):
+            name = "ours" if relays else "star"
+            found = await training(relays=relays)
+            self.note({"part": "training", "system": name, **found})
+            self.headline[f"utilisation_{name}"] = found["utilisation"]
+
+
+def liar_id(public_key: str) -> str:
+    """As nodes count blame."""
+    from shoal.fabric.identity import node_id_of
+
+    return node_id_of(bytes.fromhex(public_key))
+
+
+def learner_id() -> str:
+    """The source's."""
+    from _broadcast_node import LEARNER
+
+    return LEARNER.node_id
+
+
+async def run(options: argparse.Namespace) -> Bench:
+    """The parts asked for."""
+    bench = Bench(options)
+    for part in PARTS:
+        if part in options.only:
+            await getattr(bench, part)()
+    return bench
 
 
 def main() -> None:
@@ -336,9 +219,9 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=64, help="size of the file")
     parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS)
     parser.add_argument("--alone", action="store_true", help="without the peers")
-    parser.add_argument("--mbps", type=float, default=40.0, help="link rate of the even network")
-    parser.add_argument("--growth-mbps", type=float, default=10.0, help="link rate of the runs with many nodes")
-    emit(*asyncio.run(run(parser.parse_args())))
+    parser.add_argument("--slower", type=float, default=4.0, help="by how much links are slower than named")
+    bench = asyncio.run(run(parser.parse_args()))
+    emit(bench.rows, bench.headline)
 
 
 if __name__ == "__main__":

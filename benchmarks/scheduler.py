@@ -1,17 +1,19 @@
 """The scheduler of tool calls: limits, overhead, parallelism beside LangGraph and one call at a time, faults, resuming.
 
     shoal bench scheduler --json
-    shoal bench scheduler -- --parts graphs faults
+    shoal bench scheduler -- --only graphs faults
+    shoal bench scheduler -- --model embedded --model-seconds 300
 
-`flood`: 1,000 calls in one turn, five times in one run: `capacity_exceeded`, `overhead_ms_per_call`, growth of memory
-from the second turn to the last. `graphs`: tools that wait; `fanout16_s` for 16 tools of 0.3 s, `independent_branch_s`
-for five of 0.02 s in a row beside one of 1 s, and graphs of 24 tools drawn by seeds 0 to 4: six chains of four, each
-with one slow tool (0.7 to 1 s) and three quick ones (0.1 to 0.3 s). `sequential` makes one call a decision, as ReAct
-does. Ratios are the worst of the five. `faults`: 200 tasks at an MCP server of which 30 % of the first calls fail
-(errors, hangs, garbage, crashes, disconnects). `cuts`: followers cut off at every event. `kills`: a scheduler killed
-with -9 five times in one run. `transports`: milliseconds a call in memory, over stdio and over HTTP. `questions`:
-sixty questions over files (`_questions`), worked on by us, one call at a time, and by a supervisor with one kind of
-worker.
+`flood`: 1,000 calls in one turn, turn after turn: limits, overhead, and whether memory grows (`_flood`). `graphs`:
+tools that wait; `fanout16_s` for 16 tools of 0.3 s, `independent_branch_s` for five of 0.02 s in a row beside one of
+1 s, and graphs of 24 tools drawn by seeds 0 to 4: six chains of four, each with one slow tool (0.7 to 1 s) and three
+quick ones (0.1 to 0.3 s). `sequential` makes one call a decision, as ReAct does. Ratios are the worst of the five.
+`faults`: 200 tasks at an MCP server of which 30 % of the first calls fail (errors, hangs, garbage, crashes,
+disconnects). `cuts`: followers over HTTP cut off at every event (`_following`). `kills`: a scheduler killed with -9
+five times in one run. `hostile`: tools whose words are orders (`_hostile`). `transports`, `servers`: milliseconds a
+call in memory, over stdio and over HTTP; servers of others, and all of ours with the official client (`_servers`).
+`questions`, `gaia`, `model`: sixty questions over files (`_asking`), worked on by us, one call at a time, and by a
+supervisor with one kind of worker; in GAIA's layout; by a real model. What must hold is printed at the end (`BARS`).
 """
 
 from __future__ import annotations
@@ -21,20 +23,21 @@ import asyncio
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from _asking import by_a_model, questions, seconds_between, through_gaia
+from _flood import flood
+from _following import cuts
+from _hostile import hostile
 from _kills import kills
-from _questions import questions, seconds_between
-from shoal.agents.builtin.catalogue import builtin_tools
-from shoal.agents.http import frame
+from _servers import servers, transports
 from shoal.agents.scheduler.log import EventLog
 from shoal.agents.scheduler.policy import ScriptedPolicy, View
 from shoal.agents.scheduler.records import Budget, Call, Decision, RunEvent, RunRequest
@@ -42,9 +45,9 @@ from shoal.agents.scheduler.service import Runs
 from shoal.agents.tools.card import Use
 from shoal.agents.tools.function import FunctionTool
 from shoal.agents.tools.mcp_client import McpServers
-from shoal.agents.tools.mcp_json import HttpServer, ServerConfig, StdioServer
+from shoal.agents.tools.mcp_json import ServerConfig, StdioServer
 from shoal.agents.tools.toolbox import Callee, Toolbox
-from shoal.errors import RunError
+from shoal.errors import RunError, ShoalError
 
 from _common import benchmark, emit, peer_env
 
@@ -191,50 +194,6 @@ def graphs(path: Path) -> tuple[Rows, Headline]:
     }
 
 
-def flood(path: Path, turns: int = 5, calls: int = 1000) -> tuple[Rows, Headline]:
-    sizes: list[float] = []
-
-    def script(view: View) -> Decision:
-        sizes.append(resident_mib())
-        if len(view.steps) == turns:
-            return Decision(answer="done")
-        return Decision(calls=tuple(Call(id="", tool="echo", arguments={"n": n}) for n in range(calls)))
-
-    async def work() -> tuple[float, int, int]:
-        log = EventLog(path / "flood.db")
-        box = Toolbox([FunctionTool(echo, Use(max_concurrency=16))], total=64)
-        highest = 0
-        runs = Runs(log, box, ScriptedPolicy(script))
-        clock = time.perf_counter()
-        name = runs.start(RunRequest(task="bench", budget=Budget(calls=turns * calls)))
-        task = asyncio.ensure_future(runs.ended(name))
-        while not task.done():
-            highest = max(highest, box.capacity.taken("echo"))
-            await asyncio.sleep(0.001)
-        seconds = time.perf_counter() - clock
-        exceeded = box.capacity.exceeded + max(0, highest - 16)
-        found = sum(event.kind == "result" for event in log.events(name))
-        await runs.close()
-        log.close()
-        return seconds, exceeded, found
-
-    seconds, exceeded, found = asyncio.run(work())
-    if found != turns * calls:
-        raise RunError(f"{found} of {turns * calls} calls have a result.")
-    each = 1000 * seconds / found
-    rows = [{"turn": n, "resident_mib": size} for n, size in enumerate(sizes, start=1)]
-    return rows, {
-        "capacity_exceeded": exceeded,
-        "overhead_ms_per_call": each,
-        "memory_growth_mib_per_1000": (sizes[-1] - sizes[1]) / (len(sizes) - 2),
-    }
-
-
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
-
-
 def faults(path: Path) -> tuple[Rows, Headline]:
     """Tasks one at a time take too long; eight at once share one server, so a crash hits the others' calls too."""
     draws = random.Random(0)
@@ -295,7 +254,13 @@ def faults(path: Path) -> tuple[Rows, Headline]:
     ended, hung, orphans, seconds = asyncio.run(work())
     rows: Rows = [{"outcome": name, "tasks": count} for name, count in ended.items()]
     rows.append({"outcome": "injected", "tasks": sum(map(bool, chosen)), "seconds": seconds})
-    return rows, {"fault_tasks_right": ended["right"], "hung": hung, "orphans": orphans}
+    named = sum(ended.values())  # Right, or ended with its reason.
+    return rows, {
+        "fault_tasks_right": ended["right"],
+        "fault_tasks_named": named - ended["final: wrong answer"],
+        "hung": hung,
+        "orphans": orphans,
+    }
 
 
 def children() -> list[int]:
@@ -304,87 +269,94 @@ def children() -> list[int]:
     return [int(one) for one in found]
 
 
-def cuts(path: Path) -> tuple[Rows, Headline]:
-    """A follower cut off after each event and resumed must have the bytes of one that was not."""
-    calls = (Call(id=f"n{n}", tool="echo", arguments={"n": n}) for n in range(60))
-    first = Decision(calls=tuple(calls))
-
-    async def work() -> tuple[int, int]:
-        log = EventLog(path / "cuts.db")
-        policy = ScriptedPolicy(lambda view: Decision(answer="done") if view.steps else first)
-        runs = Runs(log, Toolbox([FunctionTool(echo, Use(max_concurrency=4))]), policy)
-        name = runs.start(RunRequest(task="bench"))
-        live = b"".join([frame(one) async for one in runs.follow(name)])
-        stored = log.stored(name, 0, 10_000)
-        different = 0
-        for cut in range(len(stored) + 1):
-            resumed = [frame(one) async for one in runs.follow(name, cut)]
-            different += b"".join([*map(frame, stored[:cut]), *resumed]) != live
-        await runs.close()
-        log.close()
-        return different, len(stored)
-
-    different, events = asyncio.run(work())
-    return [{"events": events, "different": different}], {"sse_different": different}
-
-
-def transports(path: Path, calls: int = 200) -> tuple[Rows, Headline]:
-    command = ("-m", "shoal.cli", "tools", "serve", "calculator")
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-
-    async def each(callees: Sequence[Callee]) -> float:
-        (callee,) = callees
-        clock = time.perf_counter()
-        for _ in range(calls):
-            await callee.call({"expression": "6 * 7"}, lambda _: None)
-        return 1000 * (time.perf_counter() - clock) / calls
-
-    async def work() -> dict[str, float]:
-        found = {"memory": await each(builtin_tools("calculator"))}
-        stdio = StdioServer(command=sys.executable, args=command, env=environment)
-        async with McpServers([ServerConfig(name="c", where=stdio)]) as servers:
-            found["stdio"] = await each(servers.tools)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, *command, "--port", "0", stderr=asyncio.subprocess.PIPE, env={**os.environ, **environment}
-        )
-        try:
-            assert process.stderr is not None
-            url = (await process.stderr.readline()).decode().split(" at ")[1].split(";")[0]
-            async with McpServers([ServerConfig(name="c", where=HttpServer(url=url))]) as servers:
-                found["http"] = await each(servers.tools)
-        finally:
-            process.terminate()
-            await process.wait()
-        return found
-
-    found = asyncio.run(work())
-    rows = [{"transport": name, "ms_per_call": ms} for name, ms in found.items()]
-    return rows, {f"{name}_ms_per_call": ms for name, ms in found.items()}
-
-
-PARTS = {
+PARTS: dict[str, Callable[[Path], tuple[Rows, Headline]]] = {
     "flood": flood,
     "graphs": graphs,
     "faults": faults,
     "cuts": cuts,
     "kills": kills,
+    "hostile": hostile,
     "transports": transports,
+    "servers": servers,
     "questions": questions,
+    "gaia": through_gaia,
 }
+
+BARS: dict[str, Callable[[Headline], bool]] = {
+    "capacity_exceeded = 0": lambda h: h["capacity_exceeded"] == 0,
+    "overhead_ms_per_call <= 2": lambda h: h["overhead_ms_per_call"] <= 2,
+    "memory flat: memory_growth_mib_per_1000 <= 0.25": lambda h: h["memory_growth_mib_per_1000"] <= 0.25,
+    "memory flat: traced_growth_kib_per_1000 <= 256": lambda h: h["traced_growth_kib_per_1000"] <= 256,
+    "fanout16_s <= 0.45": lambda h: h["fanout16_s"] <= 0.45,
+    "sequential_over_ours >= 4": lambda h: h["sequential_over_ours"] >= 4,
+    "langgraph_over_ours >= 1.5": lambda h: h["langgraph_over_ours"] >= 1.5,
+    "ours_over_longest_path <= 1.10": lambda h: h["ours_over_longest_path"] <= 1.10,
+    "independent_branch_s <= 0.15": lambda h: h["independent_branch_s"] <= 0.15,
+    "success: ours >= sequential, minions": lambda h: (
+        h["ours_success"] >= max(h["sequential_success"], h["minions_success"])
+    ),
+    "latency: ours < sequential, minions": lambda h: (
+        h["ours_latency_s"] < min(h["sequential_latency_s"], h["minions_latency_s"])
+    ),
+    "tokens: ours <= sequential, minions": lambda h: (
+        h["ours_tokens"] <= min(h["sequential_tokens"], h["minions_tokens"])
+    ),
+    "gaia_right = 60": lambda h: h["gaia_right"] == 60,
+    "faults: fault_tasks_named = 200, hung = 0, orphans = 0": lambda h: (
+        h["fault_tasks_named"] == NUM_TASKS and h["hung"] == 0 and h["orphans"] == 0
+    ),
+    "sse_different = 0": lambda h: h["sse_different"] == 0,
+    "repeated_completed = 0": lambda h: h["repeated_completed"] == 0,
+    "widened = 0": lambda h: h["widened"] == 0,
+    "third_party_wrong = 0": lambda h: h["third_party_wrong"] == 0,
+    "ours_with_official_client_wrong = 0": lambda h: h["ours_with_official_client_wrong"] == 0,
+}
+"""What must hold; a bar whose part was not run is left out."""
+
+
+def judged(headline: Headline) -> Rows:
+    """Each bar, and whether it holds."""
+    rows: Rows = []
+    for bar, holds in BARS.items():
+        try:
+            rows.append({"part": "bars", "bar": bar, "holds": holds(headline)})
+        except KeyError:
+            continue
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=[*PARTS, "model"], default=[*PARTS, "model"])
+    parser.add_argument("--model", default="embedded", help="answers the sixty questions as well; '' for none")
+    parser.add_argument("--model-seconds", type=float, default=300.0)
+    given = parser.parse_args()
+    parts = dict(PARTS)
+    if given.model:
+        parts["model"] = lambda path: by_a_model(path, given.model, given.model_seconds)
     rows: Rows = []
     headline: Headline = {}
-    for part in parser.parse_args().parts:
-        with tempfile.TemporaryDirectory(prefix="shoal-scheduler-") as folder:
-            found, numbers = PARTS[part](Path(folder))
+    failed: list[str] = []
+    for part in given.only:
+        if part not in parts:
+            continue
+        clock = time.monotonic()
+        try:
+            with tempfile.TemporaryDirectory(prefix="shoal-scheduler-") as folder:
+                found, numbers = parts[part](Path(folder))
+        except ShoalError as error:  # What the other parts found stays.
+            failed.append(part)
+            rows.append({"part": part, "error": str(error)})
+            print(f"{part} failed: {error}", file=sys.stderr)
+            continue
         rows += [{"part": part, **row} for row in found]
         headline |= numbers
-        print(part, numbers, file=sys.stderr)
-    emit(rows, headline)
+        print(f"{part} ({time.monotonic() - clock:.0f} s)", numbers, file=sys.stderr)
+    bars = judged(headline)
+    for bar in bars:
+        print(f"{'holds' if bar['holds'] else 'FAILS'}: {bar['bar']}", file=sys.stderr)
+    counts = {"bars": len(bars), "bars_failed": sum(not bar["holds"] for bar in bars), "parts_failed": len(failed)}
+    emit([*rows, *bars], {**headline, **counts})
 
 
 if __name__ == "__main__":

@@ -1,54 +1,56 @@
-"""Serving: exactness against transformers, speed beside it, many streams whose clients leave; over stages as well.
+"""Serving: exactness against transformers, speed beside it and vLLM, many streams, int8 weights; over stages as well.
 
-Parity: greedy fp32 completions of many prompts, drawn together, are teacher-forced through transformers; a token that
-is not its likeliest is a divergence, whose margin is how much likelier (in logits) the likeliest was. Near-ties below
-1e-3 are what the order of sums may flip. Speed: as in `shoal bench engine`, bf16, rounds alternate. Streams: a real
-server process; clients ask greedily, half of them leave early; every text must be the beginning of what transformers
-generates, up to a near-tie.
+parity    greedy fp32 completions of many prompts (`_asked`), drawn together, in one process and over stages, are
+          teacher-forced through transformers; a token that is not its likeliest is a divergence, whose margin is how
+          much likelier, in logits, the likeliest was (`_forced`). The model itself, and tiny random ones.
+speed     32 sequences and one, bf16, beside transformers' `generate`; rounds alternate.
+vllm      the same 32 beside vLLM's CPU build (`_vllm`), eager and compiled, on one and two threads; best against best.
+soak      a real server, many clients, half of them leave; every answer is teacher-forced (`_soak`).
+int8      weights of 8 bits: speed beside bf16, and how far fp32's distributions are (`_quantised`).
+pipeline  three stages that take turns, beside one process, by the time between tokens (`_stages`).
+delays    30 ms on every link between machines (needs root): a token's time beside the model t0 + N t1; 16 beside one.
+failover  a stage is killed (-9) in the middle of each of 20 requests.
 
-Over stages (`_stages`): parity again with 2, 3 and 5; pipeline: three stages that take turns, beside one process, by
-the time between tokens; delays: 30 ms on every link between machines (needs root), the time of a token beside the
-model t0 + N t1, and 16 streams beside one; failover: a stage is killed (-9) in the middle of each of 20 requests.
-
-Each part can be chosen; what was not run is not in the headline. A signed receipt of what was served is written beside
-the rows.
+Each part can be chosen; what was not run is not in the headline. A part that cannot run (no root, no peer) says so in
+a row, and the others go on. What was served, by which weights on which nodes, is written as a receipt signed by this
+node's key (`shoal serve --verify-receipt FILE` checks it). All parts together take about 40 minutes on two cores.
 
     shoal bench serving
-    shoal bench serving -- --parts parity streams --streams-s 600
+    shoal bench serving -- --prepare                       # builds the peer's environment, once
+    shoal bench serving -- --only parity failover
+    shoal bench serving -- --quick                         # a few minutes: does everything run?
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
-import random
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
+import _quantised
+import _soak
 import _stages
-from engine import make_loads, run_engine, run_transformers
+import _vllm
+from _asked import prompts, questions
+from _forced import NEAR_TIE, Reference
+from engine import Load, make_loads, run_engine, run_transformers
 from shoal.engine.local import LocalEngine
 from shoal.engine.source import LocalModel, resolve, weight_files
 from shoal.engine.tokenizer import Tokenizer
-from shoal.errors import RunError
-from shoal.fabric.identity import Identity
+from shoal.errors import ShoalError
+from shoal.fabric.identity import Identity, data_dir
 from shoal.protocol.chat import Message
 from shoal.protocol.sampling import Completion
 from shoal.rollout.host import model_cache
@@ -56,90 +58,106 @@ from shoal.serving import receipt
 
 from _common import benchmark, emit
 
-PARTS = ("parity", "speed", "streams", "pipeline", "delays", "failover")
-NEAR_TIE = 1e-3
 SEQUENCES = 32
-START_S = 120.0
-QUESTIONS = (
-    "How many apples are left if Tom has {a} and gives {b} to each of his {c} friends?",
-    "A train travels {a} km in {b} hours. How far does it travel in {c} hours?",
-    "Write a Python function that returns the sum of {a}, {b} and {c}.",
-    "Write a Python function that removes every {c}th item of a list of {a} items.",
-    "Explain to a child of {b} why {a} is not a prime number.",
-)
+FEW_PROMPTS = 20
+"""For the tiny models."""
 
+QUICK = {"prompts": 8, "tokens": 16, "rounds": 1, "streams": 16, "streams_s": 15.0, "stages": [0, 2], "trials": 2}
+TINY = ("llama", "qwen3")
+FAILOVER_BUDGET_S = 900.0
+"""No further stage is killed after this long."""
 
-@dataclass(frozen=True)
-class Reference:
-    """What transformers generates for a prompt, and by how much each token led."""
-
-    prompt: str
-    ids: tuple[int, ...]
-    margins: tuple[float, ...]
+Rows = list[dict[str, Any]]
+Found = tuple[Rows, dict[str, float]]
+Part = Callable[[LocalModel, argparse.Namespace], Found]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; all by default")
+    parser.add_argument("--quick", action="store_true", help="a few prompts, rounds, streams and seconds of each")
+    parser.add_argument("--prepare", action="store_true", help="build the environment of the peer, and nothing else")
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, default=64)
-    parser.add_argument("--streams-s", type=float, default=60.0)
+    parser.add_argument("--streams-s", type=float, default=600.0)
     parser.add_argument("--stages", nargs="*", type=int, default=[0, 2, 3, 5], help="of the parity; 0: one process")
     parser.add_argument("--trials", type=int, default=20, help="stages killed in the part failover")
     parser.add_argument("--receipt", type=Path, help="where the signed receipt goes")
     options = parser.parse_args()
+    if options.quick:
+        parser.set_defaults(**QUICK)
+        options = parser.parse_args()
     torch.set_num_threads(options.threads)
     logging.disable_progress_bar()
+    if options.prepare:
+        where = _vllm.python()
+        emit([{"part": "prepare", "python": str(where), "tcmalloc": _vllm.tcmalloc()}], {})
+        return
     local = resolve(options.model, model_cache(), lambda line: print(line, file=sys.stderr))
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     headline: dict[str, float] = {}
-    every = {"parity": parity, "speed": speed, "streams": streams}
-    every |= {"pipeline": pipeline, "delays": delays, "failover": failover}
-    for part, run in every.items():
-        if part in options.parts:
-            print(f"{part} …", file=sys.stderr)
-            found, numbers = run(local, options)
+    for name in PARTS:
+        if name in options.only:
+            found, numbers = timed(name, local, options)
             rows += found
             headline |= numbers
+    rows.append(signed(local, options, rows))
+    emit(rows, headline)
+
+
+def timed(name: str, local: LocalModel, options: argparse.Namespace) -> Found:
+    """Run a part; one that this machine cannot run says why, and costs the others nothing."""
+    print(f"{name} …", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    try:
+        rows, numbers = PARTS[name](local, options)
+    except ShoalError as error:
+        rows, numbers = [{"part": name, "not_run": str(error)}], {}
+        print(f"{name} did not run: {error}", file=sys.stderr, flush=True)
+    seconds = time.monotonic() - started
+    print(f"{name}: {seconds:.0f} s; {numbers}", file=sys.stderr, flush=True)
+    return [*rows, {"part": name, "part_s": seconds}], numbers
+
+
+def signed(local: LocalModel, options: argparse.Namespace, rows: Rows) -> dict[str, Any]:
+    """Write the receipt; gives the row that says where it is."""
+    when = int(time.time())
     facts = {
         "model": options.model,
         "weights": receipt.weights_hash(weight_files(local.directory)),
         "threads": options.threads,
-        "when": int(time.time()),
+        "when": when,
         "rows": rows,
     }
-    signed = receipt.sign(Identity.generate(), facts)
-    receipt.verified(json.dumps(signed))
-    if options.receipt is not None:
-        options.receipt.write_text(json.dumps(signed, indent=1))
-    emit(rows, headline)
+    made = receipt.sign(Identity.load_or_create(data_dir()), facts)
+    receipt.verified(json.dumps(made))
+    path: Path = options.receipt or data_dir() / "receipts" / f"serving-{when}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(made, indent=1))
+    return {"part": "receipt", "file": str(path), "node": made["node"], "signature": made["signature"]}
 
 
-def questions(count: int) -> list[str]:
-    stream = random.Random(0)
-    return [
-        QUESTIONS[n % len(QUESTIONS)].format(
-            a=stream.randrange(20, 99), b=stream.randrange(3, 12), c=stream.randrange(2, 9)
-        )
-        for n in range(count)
-    ]
-
-
-def parity(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def parity(local: LocalModel, options: argparse.Namespace) -> Found:
     """The model itself, and tiny random ones of other families."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         models = [
             (local.name, local, options.prompts),
-            *((k, tiny(Path(folder) / k, k, local), 20) for k in ("llama", "qwen3")),
+            *((kind, tiny(Path(folder) / kind, kind, local), min(FEW_PROMPTS, options.prompts)) for kind in TINY),
         ]
         for name, model, count in models:
-            rows += [parity_of(name, model, count, stages, options) for stages in options.stages]
-    return rows, {"worst_divergence_margin": max(row["worst_margin"] for row in rows)}
+            reference = Reference(model.directory)
+            for stages in options.stages:
+                rows.append(parity_of(name, model, reference, count, stages, options))
+                print(f"parity: {rows[-1]}", file=sys.stderr, flush=True)
+    return rows, {
+        "worst_divergence_margin": max(row["worst_margin"] for row in rows),
+        "parity_tokens": float(sum(row["tokens"] for row in rows)),
+    }
 
 
 def tiny(folder: Path, kind: str, local: LocalModel) -> LocalModel:
@@ -163,48 +181,47 @@ def tiny(folder: Path, kind: str, local: LocalModel) -> LocalModel:
     return LocalModel(kind, folder)
 
 
-def parity_of(name: str, model: LocalModel, count: int, stages: int, options: argparse.Namespace) -> dict[str, Any]:
+def parity_of(
+    name: str, model: LocalModel, reference: Reference, count: int, stages: int, options: argparse.Namespace
+) -> dict[str, Any]:
     tokenizer = Tokenizer(model.directory)
-    prompts = [tuple(tokenizer.prompt([Message("user", q)])) for q in questions(count)]
+    source, texts = prompts(count)
+    asked = [tuple(tokenizer.prompt([Message("user", text)])) for text in texts]
 
-    async def draw() -> list[Completion]:
+    async def draw() -> tuple[list[Completion], Rows]:
         if stages:
             async with _stages.over(model, stages, options.threads, "fp32") as served:
-                return await _stages.draw(served.engine, prompts, options.tokens)
-        async with LocalEngine(
-            model, dtype="fp32", device="cpu", threads=options.threads, max_sequences=SEQUENCES, prefix_tokens=4096,
-            prefill_tokens=512,
-        ) as engine:  # fmt: skip
-            return await _stages.draw(engine, prompts, options.tokens)
+                return await _stages.draw(served.engine, asked, options.tokens), _stages.nodes(served)
+        async with _stages.local_engine(model, options.threads, "fp32") as engine:
+            return await _stages.draw(engine, asked, options.tokens), []
 
-    done = asyncio.run(draw())
-    peer = AutoModelForCausalLM.from_pretrained(str(model.directory), dtype=torch.float32).eval()
-    margins = [margin for p, c in zip(prompts, done, strict=True) for margin in divergences(peer, p, c.token_ids)]
+    started = time.monotonic()
+    done, nodes = asyncio.run(draw())
+    seconds = time.monotonic() - started
+    judged = reference.judge([(p, c.token_ids) for p, c in zip(asked, done, strict=True)])
+    margins = [margin for one in judged for margin in one.margins]
     return {
         "part": "parity",
         "model": name,
         "stages": stages,
+        "source": source,
         "prompts": count,
-        "tokens": sum(len(c.token_ids) for c in done),
+        "tokens": len(margins),
         "divergences": sum(margin > 0 for margin in margins),
         "worst_margin": max(margins),
+        "draw_s": seconds,
+        "nodes": nodes,
     }
 
 
-@torch.inference_mode()
-def divergences(peer: Any, prompt: Sequence[int], ids: Sequence[int]) -> list[float]:
-    """For each token, how much likelier the likeliest was, in logits: 0 where it is the one."""
-    logits = peer(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
-    return [float(m) for m in logits.amax(-1) - logits[torch.arange(len(ids)), list(ids)]]
-
-
-def speed(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def speed(local: LocalModel, options: argparse.Namespace) -> Found:
     """32 sequences and one, beside transformers' `generate`, rounds in turn."""
     engine = LocalEngine(local, dtype="bf16", device="cpu", threads=options.threads, max_sequences=SEQUENCES)
     peer = AutoModelForCausalLM.from_pretrained(str(local.directory), dtype=torch.bfloat16).eval()
     loads = [load for load in make_loads(engine, 64) if load.name in ("rollout", "single")]
     engine.tokenizer.end_ids = frozenset()
-    rows, headline = [], {}
+    rows: Rows = []
+    headline = {}
     for load in loads:  # the first call allocates and packs
         run_engine(engine, replace(load, new_tokens=2))
         run_transformers(peer, replace(load, new_tokens=2))
@@ -212,21 +229,79 @@ def speed(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str
         key = {"rollout": "decode32_over_transformers", "single": "single_over_transformers_generate"}[load.name]
         ours, theirs = [], []
         for _ in range(options.rounds):
-            started = time.perf_counter()
-            run_engine(engine, load)
-            ours.append(time.perf_counter() - started)
-            started = time.perf_counter()
-            run_transformers(peer, load)
-            theirs.append(time.perf_counter() - started)
+            ours.append(seconds_of(run_engine, engine, load))
+            theirs.append(seconds_of(run_transformers, peer, load))
         for who, seconds in (("shoal", ours), ("transformers", theirs)):
-            rate = load.counted_tokens / statistics.median(seconds)
-            rows.append({"part": "speed", "load": load.name, "engine": who, "tokens_per_s": rate, "seconds": seconds})
+            rows.append(speed_row("speed", who, load, options.threads, seconds))
         headline[key] = statistics.median(t / o for o, t in zip(ours, theirs, strict=True))
     asyncio.run(engine.close())
     return rows, headline
 
 
-def pipeline(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def seconds_of(run: Callable[[Any, Load], None], who: Any, load: Load) -> float:
+    started = time.perf_counter()
+    run(who, load)
+    return time.perf_counter() - started
+
+
+def speed_row(part: str, who: str, load: Load, threads: int, seconds: list[float]) -> dict[str, Any]:
+    rate = load.counted_tokens / statistics.median(seconds)
+    return {
+        "part": part,
+        "load": load.name,
+        "engine": who,
+        "threads": threads,
+        "tokens_per_s": rate,
+        "seconds": seconds,
+    }
+
+
+def vllm(local: LocalModel, options: argparse.Namespace) -> Found:
+    """32 sequences beside vLLM, rounds in turn; each of its modes on one thread and on two."""
+    rows: Rows = []
+    headline: dict[str, float] = {}
+    for threads in (1, 2):
+        ratios = []
+        for mode in _vllm.MODES:
+            engine = LocalEngine(local, dtype="bf16", device="cpu", threads=threads, max_sequences=SEQUENCES)
+            load = next(load for load in make_loads(engine, 64) if load.name == "rollout")
+            engine.tokenizer.end_ids = frozenset()
+            ours: list[tuple[float, float]] = []
+            theirs: list[tuple[float, float]] = []
+            with _vllm.running(local.directory, mode, threads=threads, sequences=SEQUENCES) as peer:
+                run_engine(engine, replace(load, new_tokens=2))
+                peer.run(load.prompts, 2)
+                for _ in range(options.rounds):
+                    processor = time.process_time()
+                    seconds = seconds_of(run_engine, engine, load)
+                    ours.append((seconds, time.process_time() - processor))
+                    theirs.append(peer.run(load.prompts, load.new_tokens))
+            asyncio.run(engine.close())
+            for who, took in (("shoal", ours), (f"vllm {mode}", theirs)):
+                rows.append(speed_row("vllm", who, load, threads, [seconds for seconds, _ in took]))
+                rows[-1]["processor_s"] = [seconds for _, seconds in took]
+            rows[-1]["tcmalloc"] = _vllm.tcmalloc()
+            ratios.append(statistics.median(t[0] / o[0] for o, t in zip(ours, theirs, strict=True)))
+            print(f"vllm: {mode}, {threads} threads: {ratios[-1]:.2f}", file=sys.stderr, flush=True)
+        # Its best mode is the one that we are least ahead of.
+        headline["decode32_over_vllm_cpu" + ("" if threads == 1 else "_2_threads")] = min(ratios)
+    return rows, headline
+
+
+def soak(local: LocalModel, options: argparse.Namespace) -> Found:
+    """Many clients of a server in its own process; half of them leave in the middle of their streams."""
+    texts = questions(min(60, options.prompts))
+    result = _soak.soak(local, texts, streams=options.streams, seconds=options.streams_s, threads=options.threads)
+    names = ("wrong_answers", "streams_finished", "streams_left", "memory_growth_mb", "left_inside")
+    return [{"part": "soak", "streams": options.streams, **result}], {name: result[name] for name in names}
+
+
+def int8(local: LocalModel, options: argparse.Namespace) -> Found:
+    """Weights of 8 bits beside bf16, and both beside fp32."""
+    return _quantised.compare(local, threads=options.threads, rounds=options.rounds, quick=options.quick)
+
+
+def pipeline(local: LocalModel, options: argparse.Namespace) -> Found:
     """Three stages beside one process."""
     asked = questions(SEQUENCES)
     return asyncio.run(
@@ -234,7 +309,7 @@ def pipeline(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[
     )
 
 
-def delays(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def delays(local: LocalModel, options: argparse.Namespace) -> Found:
     """Three stages, three links of 30 ms."""
     asked = questions(16)
     found = asyncio.run(
@@ -247,22 +322,27 @@ def delays(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[st
             16 * a / b for a, b in zip(found["one_s"], found["sixteen_s"], strict=True)
         ),
     }
-    return [{"part": "delays", "model_s": model_s, **found}], headline
+    return [{"part": "delays", "link_s": _stages.LINK_S, "model_s": model_s, **found}], headline
 
 
-def failover(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def failover(local: LocalModel, options: argparse.Namespace) -> Found:
     """Stages killed in the middle; the tokens are teacher-forced through transformers."""
     rows, pairs = asyncio.run(
         _stages.failing(
-            local, questions(10), threads=options.threads, trials=options.trials, tokens=options.tokens // 2
+            local,
+            questions(10),
+            threads=options.threads,
+            trials=options.trials,
+            tokens=options.tokens // 2,
+            budget_s=FAILOVER_BUDGET_S,
         )
     )
-    peer = AutoModelForCausalLM.from_pretrained(str(local.directory), dtype=torch.float32).eval()
+    judged = Reference(local.directory).judge([(prompt, found.token_ids) for prompt, _, found in pairs])
     right = 0
-    for row, (prompt, calm, found) in zip(rows, pairs, strict=True):
-        row["worst_margin"] = max(divergences(peer, prompt, found.token_ids))
-        same_length = len(found.token_ids) == len(calm.token_ids) or row["worst_margin"] > 0
-        right += found.finish in ("stop", "length") and same_length and row["worst_margin"] < NEAR_TIE
+    for row, one, (_, calm, found) in zip(rows, judged, pairs, strict=True):
+        row["worst_margin"] = one.worst
+        same_length = len(found.token_ids) == len(calm.token_ids) or one.worst > 0
+        right += found.finish in ("stop", "length") and same_length and one.worst < NEAR_TIE
     pauses = [row["pause_s"] for row in rows]
     return rows, {
         "failover_right": float(right),
@@ -272,150 +352,16 @@ def failover(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[
     }
 
 
-def streams(local: LocalModel, options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Many clients of a server in its own process; half of them leave in the middle of their streams."""
-    tokenizer = Tokenizer(local.directory)
-    known = references(local, tokenizer, questions(12), 48)
-    with server(local, options) as (url, process):
-        result = asyncio.run(ask_many(url, process, tokenizer, known, options))
-    names = ("wrong_answers", "streams_finished", "streams_left", "memory_growth_mb", "left_inside")
-    return [{"part": "streams", "streams": options.streams, **result}], {name: result[name] for name in names}
-
-
-@torch.inference_mode()
-def references(local: LocalModel, tokenizer: Tokenizer, prompts: Sequence[str], tokens: int) -> list[Reference]:
-    peer = AutoModelForCausalLM.from_pretrained(str(local.directory), dtype=torch.float32).eval()
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([tokenizer.prompt([Message("user", prompt)])])
-        out = peer.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0,
-            output_scores=True, return_dict_in_generate=True,
-        )  # fmt: skip
-        top = [score[0].topk(2).values for score in out.scores]
-        drawn = tuple(out.sequences[0, ids.shape[1] :].tolist())
-        found.append(Reference(prompt, drawn, tuple(float(t[0] - t[1]) for t in top)))
-    return found
-
-
-@contextlib.contextmanager
-def server(local: LocalModel, options: argparse.Namespace) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "shoal.cli", "serve", str(local.directory), "--name", "served", "--dtype", "fp32"]
-    command += ["--port", str(port), "--threads", str(options.threads), "--context-tokens", "512"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(options.threads)})
-    try:
-        deadline = time.monotonic() + START_S
-        while True:
-            with contextlib.suppress(httpx.TransportError):
-                httpx.get(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RunError("the server did not start.", "Try shoal serve by hand.")
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-async def ask_many(
-    url: str,
-    process: subprocess.Popen[bytes],
-    tokenizer: Tokenizer,
-    known: Sequence[Reference],
-    options: argparse.Namespace,
-) -> dict[str, Any]:
-    counts = {"finished": 0, "left": 0, "wrong": 0}
-    started = time.monotonic()
-    memory: list[float] = []
-
-    async def client(number: int) -> None:
-        stream = random.Random(number)
-        while time.monotonic() - started < options.streams_s:
-            reference = stream.choice(known)
-            leave_after = stream.randrange(1, 40) if stream.random() < 0.5 else 10**9
-            text, ended = await one(reference, leave_after)
-            counts["finished" if ended else "left"] += 1
-            counts["wrong"] += not right(tokenizer, reference, text, ended)
-
-    async def one(reference: Reference, leave_after: int) -> tuple[str, bool]:
-        body = {
-            "model": "served",
-            "messages": [{"role": "user", "content": reference.prompt}],
-            "temperature": 0,
-            "max_tokens": len(reference.ids),
-            "stream": True,
-        }
-        text = ""
-        async with asked.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
-            response.raise_for_status()
-            pieces = 0
-            async for line in response.aiter_lines():
-                if line == "data: [DONE]":
-                    return text, True
-                if line:
-                    text += json.loads(line.removeprefix("data: "))["choices"][0]["delta"].get("content") or ""
-                    pieces += 1
-                    if pieces > leave_after:
-                        break
-        return text, False
-
-    async def watch() -> None:
-        while True:
-            memory.append(resident_mb(process.pid))
-            await asyncio.sleep(1)
-
-    limits = httpx.Limits(max_connections=options.streams)
-    async with httpx.AsyncClient(timeout=httpx.Timeout(300), limits=limits) as asked:
-        watcher = asyncio.create_task(watch())
-        await asyncio.gather(*(client(number) for number in range(options.streams)))
-        watcher.cancel()
-        inside = await until_empty(asked, url)
-    third = max(1, len(memory) // 3)
-    return {
-        "seconds": time.monotonic() - started,
-        "streams_finished": counts["finished"],
-        "streams_left": counts["left"],
-        "wrong_answers": counts["wrong"],
-        "memory_mb": max(memory),
-        "memory_growth_mb": max(memory[-third:]) - max(memory[third : 2 * third] or memory),
-        "left_inside": inside,
-    }
-
-
-def right(tokenizer: Tokenizer, reference: Reference, text: str, ended: bool) -> bool:
-    """Whether a text is what transformers says, up to a near-tie."""
-    whole = tokenizer.decode(reference.ids)
-    if text == whole or (not ended and whole.startswith(text)):
-        return True
-    same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(text, whole, strict=False)))
-    at = next((n for n in range(len(reference.ids)) if len(tokenizer.decode(reference.ids[: n + 1])) > same), None)
-    # One that differs only after the first near-tie was drawn as rightly as the reference.
-    return at is not None and min(reference.margins[: at + 1]) < NEAR_TIE
-
-
-async def until_empty(client: httpx.AsyncClient, url: str) -> float:
-    """Completions that are still inside a while after everybody has gone."""
-    inside = 1.0
-    for _ in range(100):
-        page = (await client.get(f"{url}/metrics")).text
-        inside = next(float(x.split()[1]) for x in page.splitlines() if x.startswith("shoal_completions_inside "))
-        if not inside:
-            break
-        await asyncio.sleep(0.1)
-    return inside
-
-
-def resident_mb(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+PARTS: dict[str, Part] = {
+    "parity": parity,
+    "speed": speed,
+    "vllm": vllm,
+    "soak": soak,
+    "int8": int8,
+    "pipeline": pipeline,
+    "delays": delays,
+    "failover": failover,
+}
 
 
 if __name__ == "__main__":

@@ -6,5 +6,5 @@ Importing this package loads nothing heavy: torch is imported only inside `engin
 
 __version__ = "0.1.0"
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Rises by one whenever a message between nodes changes shape; nodes of different versions refuse each other."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 from shoal.agents.builtin.bm25 import K1, B, Bm25, words
 from shoal.agents.builtin.calculator import calculate
-from shoal.agents.builtin.catalogue import BUILTIN, builtin_tools
+from shoal.agents.builtin.catalogue import NEEDS_ROOT, Surroundings, builtin_tools
+from shoal.agents.builtin.fusion import K, fused
 from shoal.agents.builtin.text import CHUNK_CHARS, chunks, files_below, html_text, read_text
 from shoal.agents.tools.function import ToolError
 from shoal.agents.tools.outcome import Failure, Outcome, Success
@@ -125,7 +127,7 @@ def test_a_pdf_is_read_and_a_damaged_one_is_named(tmp_path: Path) -> None:
 
 
 async def perform(name: str, tool: str, root: Path | None = None, **arguments: Any) -> Outcome:
-    (found,) = (one for one in builtin_tools(name, root) if one.card.name == tool)
+    (found,) = (one for one in builtin_tools(name, Surroundings(root)) if one.card.name == tool)
     return await found.call(arguments, lambda _: None)
 
 
@@ -180,10 +182,39 @@ def test_bm25_is_its_formula(texts: list[str], query: str, count: int) -> None:
 
 
 def test_the_catalogue_names_what_is_missing(tmp_path: Path) -> None:
-    assert all(builtin_tools(name, tmp_path) for name in BUILTIN)
-    for name, root in (("chess", None), ("documents", None), ("corpus", tmp_path / "nothing")):
+    assert all(builtin_tools(name, Surroundings(tmp_path)) for name in ("calculator", "python", *NEEDS_ROOT[:2], "web"))
+    for name, root in (("chess", None), ("documents", None), ("corpus", tmp_path / "nothing"), ("pages", None)):
         with pytest.raises(ConfigError):
-            builtin_tools(name, root)
+            builtin_tools(name, Surroundings(root))
+    with pytest.raises(ConfigError, match="no address of a search service"):
+        builtin_tools("web", Surroundings(search_url="searx"))
+
+
+def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "shoal.agents.builtin.evm", None)
+    with pytest.raises(ConfigError, match="shoal\\[evm\\]"):
+        builtin_tools("evm")
+
+
+@given(st.lists(st.lists(st.integers(0, 9), unique=True, max_size=8), max_size=3), st.integers(1, 5))
+def test_fused_ranks_are_their_formula(rankings: list[list[int]], count: int) -> None:
+    expected = {
+        one: sum(1 / (K + ranking.index(one) + 1) for ranking in rankings if one in ranking)
+        for one in {number for ranking in rankings for number in ranking}
+    }
+    found = fused(rankings, count)
+    assert len(found) == min(count, len(expected))
+    assert all(math.isclose(expected[number], score) for number, score in found)
+    assert all(expected[number] <= found[-1][1] + 1e-12 for number in expected.keys() - dict(found).keys())
+
+
+async def test_the_corpus_finds_other_spellings_of_a_word(tmp_path: Path) -> None:
+    """Words alone find nothing here: no term of the question is in the text as it is written there."""
+    (tmp_path / "a.md").write_text("Photosynthesising organisms take up carbon.")
+    (tmp_path / "b.md").write_text("The harbour was closed on Sundays.")
+    assert not Bm25(["Photosynthesising organisms take up carbon."]).best("photosynthesis", 1)
+    found = await perform("corpus", "search", tmp_path, query="photosynthesis", count=1)
+    assert isinstance(found, Success) and found.value[0]["document"] == "a.md"
 
 
 @pytest.mark.slow

@@ -16,12 +16,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from shoal.agents.scheduler.calls import CallState
 from shoal.agents.scheduler.endpoint import Endpoint, EndpointPolicy
 from shoal.agents.scheduler.local import SamplerPolicy
 from shoal.agents.scheduler.policy import PolicyError, View
 from shoal.agents.scheduler.prompt import OBSERVATION_CHARS, PROMPT_CHARS, STEP_CHARS, messages
 from shoal.agents.scheduler.records import Budget
-from shoal.agents.scheduler.state import CallState, StepState
+from shoal.agents.scheduler.state import StepState
 from shoal.agents.tools.outcome import Success, failure
 from shoal.engine.local import LocalEngine
 from shoal.engine.source import LocalModel

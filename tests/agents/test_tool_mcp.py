@@ -21,6 +21,7 @@ from shoal.agents.tools.mcp_client import McpServer, McpServers
 from shoal.agents.tools.mcp_json import HttpServer, ServerConfig, StdioServer, read_mcp_json
 from shoal.agents.tools.outcome import Failure, Outcome, Success
 from shoal.agents.tools.toolbox import Toolbox
+from shoal.envs.web.browser import BrowserError, require_browser
 from shoal.errors import ConfigError, NetworkError
 
 HERE = Path(__file__).parent
@@ -210,6 +211,42 @@ async def test_our_servers_pass_with_the_official_client(tmp_path: Path) -> None
         assert found.structured_content["result"][0]["document"] == "a.md"
         assert (await client.call_tool("search", {"query": ""})).is_error
         assert (await client.call_tool("nothing", {})).is_error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "tool", "arguments", "words"),
+    [
+        ("calculator", "calculate", {"expression": "2 ** 10 / 8"}, "128"),
+        ("python", "run_python", {"program": "print(6 * 7)"}, "42"),
+        ("documents", "read_document", {"document": "a.md"}, "150 tonnes"),
+        ("web", "read_page", {"url": "http://127.0.0.1:9/"}, "not public"),
+        ("browser", "navigate", {"url": "http://not-allowed.example/"}, "not-allowed.example"),
+        ("pages", "check_page", {"name": "index.html", "texts": ["Hello"]}, '"ok":true'),
+        ("evm", "balance", {"account": "me"}, "base_units"),
+        ("memory", "add_memory", {"text": "Write the carry above the next column.", "family": "sums"}, "candidate"),
+    ],
+)
+async def test_every_server_of_ours_with_the_official_client(
+    tmp_path: Path, name: str, tool: str, arguments: dict[str, object], words: str
+) -> None:
+    if name in ("browser", "pages"):
+        try:
+            require_browser()
+        except BrowserError as error:
+            pytest.skip(f"no browser on this machine: {error.problem}")
+    (tmp_path / "a.md").write_text("The blue whale weighs 150 tonnes.")
+    (tmp_path / "index.html").write_text("<!doctype html><title>t</title><h1>Hello</h1>")
+    command = ["-m", "shoal.cli", "tools", "serve", name, "--root", str(tmp_path)]
+    server = StdioServerParameters(
+        command=sys.executable, args=command, env={**PATHS, "SHOAL_HOME": str(tmp_path / "home")}
+    )
+    async with asyncio.timeout(100), Client(server) as client:
+        for listed in (await client.list_tools()).tools:
+            assert listed.description and listed.input_schema["type"] == "object" and listed.output_schema is not None
+        found = await client.call_tool(tool, arguments)
+        assert words in str(found.content)
+        assert (await client.call_tool(tool, {"no_such_argument": 1})).is_error
 
 
 @pytest.mark.slow

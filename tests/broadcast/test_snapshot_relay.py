@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+from tensors_made import eventually, next_chunk
 
 from shoal.broadcast.gather import Gathering, Peers
 from shoal.broadcast.link import Address, Kind, Link, dial, digests_of, welcome
-from shoal.broadcast.relay import MAX_LINKS_PER_KEY, Relay
+from shoal.broadcast.pool import LinkPool
+from shoal.broadcast.relay import MAX_LINKS_PER_KEY, MAX_SENDING, Relay
 from shoal.broadcast.store import Store
 from shoal.errors import NetworkError
 from shoal.fabric.identity import Identity
@@ -38,6 +40,7 @@ class Node:
         self.name, self.store = name, store
         self.identity = Identity.generate()
         self.relay = Relay(self.identity, store)
+        self.links = LinkPool(self.identity)
         self.address: Address
         self.blame: Counter[str] = Counter()
         self.received: Counter[str] = Counter()
@@ -63,9 +66,7 @@ class Node:
             telling.append(asyncio.create_task(self._tell()))
 
         telling: list[asyncio.Task[None]] = []
-        await Gathering(
-            self.identity, self.store, SIZES, peers, on_chunk, blame=self.blame, received=self.received
-        ).run()
+        await Gathering(self.links, self.store, SIZES, peers, on_chunk, blame=self.blame, received=self.received).run()
         await asyncio.gather(*telling)
 
     def is_whole(self) -> bool:
@@ -260,7 +261,7 @@ async def test_strangers_and_too_many_links_are_turned_away(make_store: MakeStor
         for _ in range(MAX_LINKS_PER_KEY):
             links.append(await dial(friend, address))
             await links[-1].send_digests(Kind.WANT, [digest])
-            assert await links[-1].receive() == (Kind.CHUNK, digest + b"a chunk")
+            assert await next_chunk(links[-1]) == digest + b"a chunk"
         for who in (friend, stranger):
             refused = await dial(who, address)
             with pytest.raises(NetworkError):
@@ -274,6 +275,30 @@ async def test_strangers_and_too_many_links_are_turned_away(make_store: MakeStor
         for link in links:
             link.close()
     finally:
+        await relay.close()
+
+
+async def test_links_that_take_nothing_hold_up_nobody(make_store: MakeStore) -> None:
+    """More of them than may send at once; each loses its turn."""
+    store = hasty(make_store("s"))
+    chunks = [store.put_chunk(bytes([i]) * 2**20) for i in range(24)]
+    relay = Relay(Identity.generate(), store)
+    address = await relay.start()
+    links = []
+    try:
+        for _ in range(MAX_SENDING + 2):
+            links.append(await dial(Identity.generate(), address))
+            await links[-1].send_digests(Kind.WANT, chunks)
+        await eventually(lambda: relay.turns.all_taken)
+        links.append(await dial(Identity.generate(), address))
+        await links[-1].send_digests(Kind.WANT, chunks)
+        async with asyncio.timeout(60):
+            for _ in chunks:
+                await next_chunk(links[-1])
+        assert relay.bytes_sent.total() < (MAX_SENDING + 2) * 24 * 2**20, "the others have not taken theirs"
+    finally:
+        for link in links:
+            link.close()
         await relay.close()
 
 

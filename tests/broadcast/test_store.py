@@ -81,7 +81,7 @@ def test_conflicts_are_refused(make_store: MakeStore, learner: Identity, make_te
 
 def test_manifest_needs_its_chunks(make_store: MakeStore, learner: Identity, make_tensors: MakeTensors) -> None:
     store = make_store("s")
-    manifest = build_manifest(store.run, "policy", 1, b"", make_tensors(1))
+    manifest = build_manifest(store.run, "policy", 1, b"", make_tensors(1), chunk_bytes=2**17)
     with pytest.raises(StorageError, match="lacks 1 chunks"):
         store.put_manifest(sign_manifest(manifest, learner))
     assert store.latest("policy") is None
@@ -216,6 +216,30 @@ def test_full_disk_is_named(make_store: MakeStore) -> None:
     assert "StorageError: no space left for snapshots in " + str(store.directory) in errors
     assert "bytes free" in errors and "keep fewer versions" in errors
     assert store.latest("policy") is None and not list((store.directory / "new").iterdir())
+
+
+def test_a_disk_budget(tmp_path: Path, learner: Identity, make_tensors: MakeTensors) -> None:
+    """Older versions go before the limit is passed; where the newest alone does not fit, that is said."""
+    limit = 2 * 110_000
+
+    def opened(max_bytes: float = limit) -> Store:
+        return Store(tmp_path / "s", run="a run", trusted_key=learner.public_key, durable=False, max_bytes=max_bytes)
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in chunk_files(store))
+
+    store = opened()
+    for version in range(1, 8):
+        write_snapshot(store, learner, "policy", version, make_tensors(version), chunk_bytes=CHUNK)
+        assert size() <= limit
+        newest = store.latest("policy")
+        assert newest is not None and newest.manifest.version == version
+        assert all(store.get_chunk(digest) for body in newest.manifest.bodies for digest in body.chunks)
+        if version == 4:
+            store = opened()  # what lies there already counts
+    assert len(store.versions("policy")) < 3
+    with pytest.raises(StorageError, match="do not fit into the 1,000 bytes"):
+        write_snapshot(opened(1000), learner, "policy", 8, make_tensors(8), chunk_bytes=CHUNK)
 
 
 def test_directory_that_cannot_be_used(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.server
 import io
 import json
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mcp.client import Client
+from mcp.client.stdio import StdioServerParameters
 
 from shoal.agents.scheduler.records import Call, RunEvent, RunRequest
 from shoal.agents.scheduler.state import RunState
+from shoal.cli.agent_serving import admitted
 from shoal.cli.agent_tree import tree_of
 from shoal.cli.app import main
-from shoal.protocol.codec import builtins
+from shoal.protocol.codec import builtins, read_jsonl
+from shoal.protocol.episode import Episode
 
 
 @contextmanager
@@ -88,9 +95,62 @@ def test_what_is_wrong_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Pat
         (("agent", "t", "--builtin", "corpus", *log), "need a folder"),
         (("agent", "t", "--tools", str(tmp_path / "no.json"), *log), "cannot be read"),
         (("agent", "t", "--steps", "0", *log), "out of range"),
+        (("agent", "t", "--episode", "e.jsonl", "--endpoint", "http://127.0.0.1:9/v1", *log), "no token"),
+        (("agent", "--port", "0", "--host", "0.0.0.0", "--keys", str(tmp_path / "none"), *log), "everybody"),
         (("tools", "list", str(tmp_path / "no.json")), "cannot be read"),
     ):
         assert words in run(capsys, *arguments, code=2)["error"]["problem"]
+    for named, words in (((), "no tools are named"), (("web", "--search-url", "searx"), "no address of a search")):
+        assert main(["tools", "serve", *named]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_key_is_shown_once_and_kept_as_a_hash(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    made = run(capsys, "agent", "--new-key", "alice", "--keys", str(file))
+    assert made["key"].startswith("sk-shoal-") and made["key"] not in file.read_text()
+    keys = admitted(file, "0.0.0.0")
+    assert keys.owner(made["key"]) == "alice" and keys.owner("sk-shoal-no") is None
+
+
+@pytest.mark.slow
+async def test_an_agent_is_served_to_the_official_client(tmp_path: Path) -> None:
+    calls = [{"id": "a", "tool": "calculator.calculate", "arguments": {"expression": "37 * 41"}}]
+    with deciding({"calls": calls}, {"answer": "1517"}) as url:
+        command = ["-m", "shoal.cli", "agent", "serve", "--name", "counter", "--about", "Counts.", "--endpoint", url]
+        command += ["--builtin", "calculator", "--log", str(tmp_path / "runs.db")]
+        environment = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "SHOAL_HOME": str(tmp_path)}
+        server = StdioServerParameters(command=sys.executable, args=command, env=environment)
+        async with asyncio.timeout(100), Client(server) as client:
+            (listed,) = (await client.list_tools()).tools
+            assert (listed.name, listed.description) == ("counter", "Counts.")
+            found = await client.call_tool("counter", {"task": "37 * 41?"})
+    assert found.structured_content is not None
+    assert found.structured_content["answer"] == "1517" and found.structured_content["calls"] == 1
+
+
+@pytest.mark.slow
+def test_a_run_is_added_to_a_file_of_episodes(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, agent_model: Path
+) -> None:
+    file = tmp_path / "episodes.jsonl"
+    command = ("agent", "What is 2 + 2?", "--model", str(agent_model), "--steps", "2", "--reward", "0.25")
+    for _ in range(2):
+        main([*command, "--episode", str(file), "--log", str(tmp_path / "runs.db"), "--json"])
+    episodes = list(read_jsonl(file, Episode))
+    assert len(episodes) == 2 and episodes[0].id != episodes[1].id
+    assert all(one.num_tokens and one.task.data == {"task": "What is 2 + 2?"} for one in episodes)
+    assert all(one.reward == (0.25 if one.outcome == "done" else 0.0) for one in episodes)
+    capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def agent_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama over bytes, with a chat template."""
+    sys.path.append(str(Path(__file__).parents[1] / "engine"))
+    from engine_cases import PLAIN, make_checkpoint
+
+    return make_checkpoint(tmp_path_factory.mktemp("agent") / "model", PLAIN, max_position_embeddings=4096)
 
 
 def test_missing_packages_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

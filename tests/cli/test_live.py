@@ -17,7 +17,7 @@ from shoal.coordinator.admission import Admission
 from shoal.coordinator.control import Control
 from shoal.coordinator.rundir import RunDir
 from shoal.coordinator.service import Coordinator, Node
-from shoal.protocol.work import StepReport
+from shoal.protocol.work import Arrived, Fetching, StepReport
 from tiny import FirstDigit, tiny_config
 
 
@@ -134,3 +134,16 @@ def test_what_keeps_others_waiting_is_told_once_and_its_end_too(
     assert capsys.readouterr().err.count("No longer: ann is silent") == 1
     LiveView(quiet=True).update(shown)
     assert capsys.readouterr().err == ""
+
+
+def test_the_panel_shows_whence_versions_come(tmp_path: Path) -> None:
+    shown = session(tmp_path)
+    ann, bob = join(shown, "ann"), join(shown, "bob")
+    ann.version, ann.fetching = 4, Fetching(version=5, bytes_done=300, bytes_total=1200)
+    came = Arrived(version=4, seconds=1.25, by_source={bob.node_id: 700, "1234": 300})
+    told = ann.came(came, shown.coordinator.name_of)
+    assert told == {"name": "ann", "version": 4, "seconds": 1.25, "by_source": {"bob": 700, "1234": 300}}
+    console = Console(width=120, record=True, file=(tmp_path / "screen").open("w"))
+    console.print(LiveView()._panel(shown))
+    text = console.export_text()
+    assert "4 → 5 25%" in text and "bob 70%, 1234 30%, 1.2 s" in text

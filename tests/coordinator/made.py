@@ -21,7 +21,14 @@ def config(tmp_path: Path, **changes: Any) -> Config:
     return config_from(tiny_config(tmp_path / "model", tmp_path / "runs", **changes))
 
 
-def turn(text: str = "7", version: int = 0, *, num_tokens: int = 2, context: tuple[int, ...] = (2, 7, 1, 3)) -> Turn:
+def turn(
+    text: str = "7",
+    version: int = 0,
+    *,
+    num_tokens: int = 2,
+    context: tuple[int, ...] = (2, 7, 1, 3),
+    observation: str = "?",
+) -> Turn:
     completion = Completion(
         token_ids=tuple(range(4, 4 + num_tokens)),
         logprobs=(-0.5,) * num_tokens,
@@ -29,18 +36,19 @@ def turn(text: str = "7", version: int = 0, *, num_tokens: int = 2, context: tup
         finish="stop",
         text=text,
     )
-    return Turn(context_ids=context, observation="?", completion=completion)
+    return Turn(context_ids=context, observation=observation, completion=completion)
 
 
 def episode(lease: Lease, index: int, node: str, *, text: str = "7", version: int | None = None) -> Episode:
     """What an honest worker would answer."""
     right = float(text[:1].isdigit())
+    version = lease.min_version if version is None else version
     return Episode(
         id=f"{lease.id}/{index}",
         group=lease.group,
         index=index,
         task=lease.tasks[index],
-        turns=(turn(text, lease.min_version if version is None else version),),
+        turns=(turn(text, version, observation=f"{lease.tasks[index].id.rpartition('-')[2]}?"),),
         outcome="done",
         reward=right,
         reward_parts={"strict": right, "lenient": float(any(c.isdigit() for c in text))},

@@ -14,8 +14,9 @@ import pytest
 from made import config, episode, new_control, report, submission, turn, void
 from msgspec.structs import replace
 
-from shoal.coordinator.control import MAX_PAUSE_S, MAX_VOID_ATTEMPTS, Control
+from shoal.coordinator.control import MAX_VOID_ATTEMPTS, Control
 from shoal.coordinator.evaluation import MAX_FRUITLESS_LEASES
+from shoal.coordinator.pauses import MAX_PAUSE_S
 from shoal.coordinator.summary import summarise
 from shoal.protocol.episode import Episode
 from shoal.protocol.work import Lease, Submission

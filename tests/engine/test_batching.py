@@ -28,7 +28,7 @@ from torch import Tensor
 
 from shoal.engine import batching
 from shoal.engine.batching import Batcher
-from shoal.engine.cache import GROWTH_TOKENS, KVCache
+from shoal.engine.cache import GROWTH_TOKENS
 from shoal.errors import CapacityError
 from shoal.protocol.sampling import SampleRequest, SamplingParams
 
@@ -43,9 +43,9 @@ def watch_forward(batcher: Batcher, monkeypatch: pytest.MonkeyPatch) -> list[tup
     seen: list[tuple[int, int]] = []
     forward = batcher.model.forward
 
-    def watched(ids: Tensor, start: Tensor, cache: KVCache, first_slot: int = 0, at: Tensor | None = None) -> Tensor:
+    def watched(ids: Tensor, *rest: Any, **more: Any) -> Tensor:
         seen.append((ids.shape[0], ids.shape[1]))
-        return forward(ids, start, cache, first_slot, at)
+        return forward(ids, *rest, **more)
 
     monkeypatch.setattr(batcher.model, "forward", watched)
     return seen

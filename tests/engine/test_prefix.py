@@ -17,6 +17,7 @@ from shoal.engine.batching import Batcher
 from shoal.engine.prefix import GRAIN, PrefixStore, shared
 
 TOKENS = st.lists(st.integers(0, 1), max_size=5 * GRAIN).map(tuple)
+SPACES = st.sampled_from(["", "adapter"])
 
 
 def with_prefixes(directory: Path, *, tokens: int = 2000, budget: int | None = None) -> Batcher:
@@ -39,25 +40,24 @@ def test_the_shared_beginning(one: tuple[int, ...], other: tuple[int, ...]) -> N
     assert shared(one, other) == length // GRAIN * GRAIN
 
 
-@given(st.lists(TOKENS, max_size=30), TOKENS, st.integers(0, 200))
+@given(st.lists(st.tuples(SPACES, TOKENS), max_size=30), SPACES, TOKENS, st.integers(0, 200))
 def test_a_store_keeps_to_its_budget_and_finds_the_longest(
-    added: list[tuple[int, ...]], asked: tuple[int, ...], budget: int
+    added: list[tuple[str, tuple[int, ...]]], space: str, asked: tuple[int, ...], budget: int
 ) -> None:
     store = PrefixStore(budget * 4)
-    kept: list[tuple[int, ...]] = []
-    for ids in added:
-        if store.wants(ids, 4):
-            store.add(ids, torch.zeros(1, 1, 1, len(ids), 1))
-            kept = [k for k in kept if ids[: len(k)] != k] + [ids]
+    for own, ids in added:
+        if store.wants(ids, 4, own):
+            store.add(ids, torch.zeros(1, 1, 1, len(ids), 1), own)
+            found = store.find(ids, own)
+            assert found is not None and (found[0].space, found[0].ids) == (own, ids)
         assert store.bytes <= store.budget_bytes
-    present = [ids for ids in kept if store.find(ids) is not None and store.find(ids)[0].ids == ids]  # type: ignore[index]
-    assert store.bytes == 4 * sum(len(ids) for ids in store._entries)
-    best = max((shared(ids, asked) for ids in store._entries), default=0)
-    found = store.find(asked)
+    assert store.bytes == 4 * sum(len(ids) for _, ids in store._entries)
+    best = max((shared(ids, asked) for own, ids in store._entries if own == space), default=0)
+    found = store.find(asked, space)
     assert (found[1] if found else 0) == best
-    assert set(present) <= set(store._entries)
+    assert found is None or found[0].space == space
     store.clear()
-    assert store.bytes == 0 and store.find(asked) is None
+    assert store.bytes == 0 and store.find(asked, space) is None
 
 
 def test_a_conversations_next_turn_computes_only_what_is_new(plain: Path, plain_reference: Any) -> None:

@@ -12,7 +12,7 @@ from learner_cases import completion, episode, random_episodes, random_ids
 
 from shoal.config.learner import Advantage
 from shoal.errors import RunError
-from shoal.learner.batch import Trajectory, assemble, trajectory
+from shoal.learner.batch import Trajectory, assemble, trajectories
 from shoal.learner.packing import MicroBatch, pack
 from shoal.protocol.episode import Episode, Turn
 
@@ -156,11 +156,11 @@ def test_what_infrastructure_cut_short_is_context_only() -> None:
     rng = random.Random(2)
     first = Turn(context_ids=(1,), observation="", completion=completion((2, 3), rng, finish="cancelled"))
     second = Turn(context_ids=(4, 5), observation="", completion=completion((6, 7), rng, finish="length"))
-    item = trajectory(episode("g", 0, [first, second], 1.0), 0.5)
+    item = trajectories(episode("g", 0, [first, second], 1.0), 0.5)[0]
     assert item.token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7]
     assert item.trained.tolist() == [False] * 5 + [True] * 2
     assert item.versions.tolist()[:5] == [-1] * 5
-    masked: Trajectory = trajectory(episode("g", 0, [first, second], 1.0), 0.5, mask_truncated=True)
+    masked: Trajectory = trajectories(episode("g", 0, [first, second], 1.0), 0.5, mask_truncated=True)[0]
     assert masked.num_trained == 0
 
 
@@ -168,4 +168,4 @@ def test_greedy_episodes_are_refused() -> None:
     rng = random.Random(3)
     turn = Turn(context_ids=(1,), observation="", completion=completion((2,), rng))
     with pytest.raises(RunError, match="temperature 0"):
-        trajectory(episode("g", 0, [turn], 1.0, temperature=0.0), 1.0)
+        trajectories(episode("g", 0, [turn], 1.0, temperature=0.0), 1.0)[0]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.cli import serve
 from shoal.errors import ConfigError, RecordError, StorageError
 from shoal.fabric.identity import Identity
 from shoal.serving import keys, receipt
@@ -87,3 +88,18 @@ def test_the_hash_of_weights_is_that_of_their_bytes(tmp_path: Path) -> None:
     assert before == receipt.weights_hash(files[::-1])
     (tmp_path / "a").write_bytes(b"c")
     assert receipt.weights_hash(files) != before
+
+
+def test_the_command_says_what_a_receipt_says_and_refuses_a_changed_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "receipt.json"
+    made = receipt.sign(Identity.generate(), {"model": "tiny", "rows": [{"part": "soak", "wrong_answers": 0}]})
+    path.write_text(json.dumps(made))
+    serve.run(verify_receipt=path)
+    assert json.loads(capsys.readouterr().out) == {"node": made["node"], "facts": made["facts"]}
+    path.write_text(json.dumps(made).replace("tiny", "huge"))
+    with pytest.raises(RecordError, match="not its node's"):
+        serve.run(verify_receipt=path)
+    with pytest.raises(StorageError, match="cannot be read"):
+        serve.run(verify_receipt=tmp_path / "none")

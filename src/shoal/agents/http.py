@@ -4,6 +4,7 @@
     GET  /v1/runs                          the newest runs
     GET  /v1/runs/{run}                    where it stands
     GET  /v1/runs/{run}/events             server-sent events; Last-Event-ID goes on from there
+    GET  /v1/runs/{run}/episode            one that was recorded, as an episode; ?reward=0.5 says what it was worth
     POST /v1/runs/{run}/cancel             end it
     POST /v1/runs/{run}/resume             go on with one that was interrupted
     POST /v1/runs/{run}/fork               {"seq": 12}  →  201, another run that begins with these events
@@ -18,6 +19,7 @@ Invariants: bodies are bounded and typed; errors are JSON with one sentence; not
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -27,10 +29,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from shoal.agents.scheduler.episodes import episode_of
 from shoal.agents.scheduler.log import Stored
 from shoal.agents.scheduler.records import AG_UI_TYPES, RunRequest
 from shoal.agents.scheduler.service import Runs
 from shoal.errors import CapacityError, ConfigError, RecordError, RunError
+from shoal.protocol.codec import to_json
 
 T = TypeVar("T")
 
@@ -77,6 +81,20 @@ def run_routes(runs: Runs, streamed: Streamed) -> list[Route]:
         run = _known(runs, request)
         return streamed(_frames(runs, run, _after(request, run)))
 
+    async def episode(request: Request) -> Response:
+        run = _known(runs, request)
+        try:
+            reward = float(request.query_params.get("reward", "0"))
+        except ValueError:
+            reward = math.nan
+        if not math.isfinite(reward):
+            raise HTTPException(400, "the reward is no finite number")
+        try:
+            found = episode_of(list(runs.log.events(run)), reward)
+        except RunError as error:
+            raise HTTPException(409, str(error).rstrip(".")) from None
+        return Response(to_json(found), media_type="application/json")
+
     async def cancel(request: Request) -> Response:
         run = _known(runs, request)
         if not runs.cancel(run):
@@ -116,6 +134,7 @@ def run_routes(runs: Runs, streamed: Streamed) -> list[Route]:
         route("/v1/runs", listed, "GET"),
         route("/v1/runs/{run}", shown, "GET"),
         route("/v1/runs/{run}/events", events, "GET"),
+        route("/v1/runs/{run}/episode", episode, "GET"),
         route("/v1/runs/{run}/cancel", cancel, "POST"),
         route("/v1/runs/{run}/resume", resume, "POST"),
         route("/v1/runs/{run}/fork", fork, "POST"),

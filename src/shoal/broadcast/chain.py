@@ -8,7 +8,7 @@ whole bytes, to the version asked for over changes that follow each other withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,9 +20,14 @@ from shoal.fabric.identity import Identity, verify
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.snapshot import Body, Manifest, SignedManifest, TensorEntry
 
-CHUNK_BYTES = 128 * 2**10
-"""Small enough that a node passes a chunk on while the rest is still to come (at 5 Mb/s one takes 0.2 s), large enough
-that its hash and its request are nothing beside it."""
+MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 16 * 2**10, 128 * 2**10
+USUAL_CHUNKS = 512
+"""A body has about as many, so that its parts can be passed on by many while others are still to come; at most 128 KiB
+each (at 5 Mb/s one takes 0.2 s), at least 16 KiB, so that a chunk's hash and its request are nothing beside it."""
+
+WHOLE_COSTS = 1.25
+"""What a byte of a whole snapshot counts beside one of a change: a change comes from all who follow the chain, a whole
+snapshot perhaps from the learner alone."""
 
 DOMAIN = b"shoal manifest 1"
 
@@ -48,18 +53,52 @@ class Route(NamedTuple):
         return (*([] if self.begin is None else [self.begin]), *self.changes)
 
     @property
-    def bodies(self) -> Iterator[Body]:
-        """What must be fetched, in the order in which it is needed."""
+    def bodies(self) -> Iterator[tuple[Published, Body]]:
+        """What must be fetched, in the order in which it is needed, and the version that it belongs to."""
         if self.begin is not None:
             assert self.begin.manifest.whole is not None
-            yield self.begin.manifest.whole
+            yield self.begin, self.begin.manifest.whole
         for published in self.changes:
             assert published.manifest.change is not None
-            yield published.manifest.change
+            yield published, published.manifest.change
 
     @property
     def num_bytes(self) -> int:
-        return sum(body.num_bytes for body in self.bodies)
+        return sum(body.num_bytes for _, body in self.bodies)
+
+
+Holds = Callable[[str], bool]
+"""Whether a node wants the tensor of this name."""
+
+
+def chunks_for(manifest: Manifest, body: Body, holds: Holds | None) -> Iterator[tuple[bytes, int]]:
+    """Hash and size of the chunks of one of a manifest's bodies that have bytes of wanted tensors, in order."""
+    if holds is None:
+        yield from body.chunk_sizes()
+        return
+    needed: set[int] = set()
+    for entry, at, size in body_parts(manifest, body):
+        if size and holds(entry.name):
+            needed.update(range(at // body.chunk_bytes, (at + size - 1) // body.chunk_bytes + 1))
+    for number, one in enumerate(body.chunk_sizes()):
+        if number in needed:
+            yield one
+
+
+def body_parts(manifest: Manifest, body: Body) -> Iterator[tuple[TensorEntry, int, int]]:
+    """Each tensor, and where in the body its part begins and how long it is."""
+    at = 0
+    for entry, size in zip(manifest.tensors, body.sizes, strict=True):
+        yield entry, at, size
+        at += size
+
+
+def chunk_bytes_of(num_bytes: int) -> int:
+    """The size of the chunks of a body of so many bytes: a power of two."""
+    size = MIN_CHUNK_BYTES
+    while size < MAX_CHUNK_BYTES and size * USUAL_CHUNKS < num_bytes:
+        size *= 2
+    return size
 
 
 def entry_of(name: str, view: TensorView) -> TensorEntry:
@@ -74,10 +113,11 @@ def build_manifest(
     parent_hash: bytes,
     tensors: Mapping[str, TensorView],
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Manifest:
     """The manifest of a whole snapshot."""
     views = dict(sorted(tensors.items()))
+    chunk_bytes = chunk_bytes or chunk_bytes_of(sum(view.num_bytes for view in views.values()))
     whole = Body(
         sizes=tuple(view.num_bytes for view in views.values()),
         chunk_bytes=chunk_bytes,
@@ -158,7 +198,11 @@ def find_route(part: Sequence[Published], held: Published | None) -> Route | Non
         changes.insert(0, published)
         if held is not None and published.manifest.parent == held.hash and _keeps_layout(held, published):
             routes.append(Route(None, tuple(changes)))
-    return min((route for route in routes if _is_sound(route)), key=lambda route: route.num_bytes, default=None)
+    return min((route for route in routes if _is_sound(route)), key=_cost, default=None)
+
+
+def _cost(route: Route) -> float:
+    return route.num_bytes * (1.0 if route.begin is None else WHOLE_COSTS)
 
 
 def _is_sound(route: Route) -> bool:

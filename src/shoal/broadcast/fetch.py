@@ -1,17 +1,15 @@
 """The receiving side: the way from what is held to a version, the chunks that are missing, the tensors.
 
-    chain of manifests ─▶ route ─▶ missing chunks, several at a time, each verified ─▶ store ─▶ tensors, verified
+    chain of manifests ─▶ route ─▶ missing chunks, over links from many (`gather`) or through the fabric (`asking`)
+                                         └─▶ store ─▶ tensors, verified (`image`)
 
 A fetcher keeps the tensors that it handed out last and turns them into the next version in place, by the changes
-between; a node that holds nothing begins at whole bytes. Whichever way is shorter is taken.
+between; a node that holds nothing begins at whole bytes. Whichever way is shorter is taken. A node that holds some
+tensors only (layers of a pipeline's stage) fetches the chunks that have bytes of these.
 
 Invariants: a chunk enters the store only after its hash was found right; tensors are handed out only when all are
 here and each tensor's own hash is what the signed manifest says; a manifest offered as the newest is refused if a
 newer one is known (an old one signed long ago stays old). What the store has already is not fetched again.
-
-The wait depends on progress: a fetch ends in error only when no chunk arrived for as long as the slowest acceptable
-link would need for what is in flight. A source that sends wrong bytes is blamed, and left alone after
-`MAX_BLAME` of them; one that is busy is asked again later.
 """
 
 from __future__ import annotations
@@ -23,46 +21,36 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from blake3 import blake3
+from msgspec.structs import replace
 
-from shoal.broadcast.chain import Published, Route, check_chain, find_route, open_manifest
+from shoal.broadcast.asking import MAX_BLAME, Asking, SnapshotGone
+from shoal.broadcast.chain import Holds, Published, Route, check_chain, chunks_for, find_route, open_manifest
 from shoal.broadcast.gather import Gathering
 from shoal.broadcast.image import Image
-from shoal.broadcast.peers import peers_of, source_only
-from shoal.broadcast.publisher import LATEST, MAX_CHAIN_BYTES, NOTHING, ChunkGone
-from shoal.broadcast.reasking import AskTime
+from shoal.broadcast.peers import holders_of, peers_of
+from shoal.broadcast.pool import LinkPool
+from shoal.broadcast.publisher import LATEST, MAX_CHAIN_BYTES, NOTHING
 from shoal.broadcast.relay import Relay
 from shoal.broadcast.store import Store
 from shoal.broadcast.tensors import TensorView
 from shoal.errors import NetworkError, RecordError, StorageError
-from shoal.fabric.errors import RemoteError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.waits import waiting
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.snapshot import ChainPart, Manifest, PeerList, PeerRecord
 
+__all__ = ["MAX_BLAME", "Arrival", "Fetcher", "Progress", "Snapshot", "SnapshotGone"]
+
 log = logging.getLogger("shoal.broadcast")
 
-CHUNKS_IN_FLIGHT = 24
-"""Enough to fill a link of 200 Mb/s and 50 ms one way with chunks of 128 KiB."""
-
-MIN_BYTES_PER_S = 64 * 1024
-"""A slower link is taken for a dead one."""
-
-PATIENCE_S = 10.0
-"""Added to what the slowest link needs: the time in which a busy source recovers."""
-
 MANIFEST_DEADLINE_S = 30.0
-BUSY_RETRY_S = 0.2
-MAX_BLAME = 3
+ASK_ATTEMPTS, ASK_AGAIN_S = 3, 0.3
+"""Questions for the peers of a version, and the wait after the first that failed."""
+
 MAX_ANSWER_BYTES = MAX_CHAIN_BYTES + 2**20
 MAX_ROUNDS = 3
 """Times that chunks are fetched again after they turned out damaged on this node's own disk."""
-
-
-class SnapshotGone(NetworkError):
-    """The version asked for is not, or no longer, served; ask for the newest."""
 
 
 class Progress(NamedTuple):
@@ -73,12 +61,22 @@ class Progress(NamedTuple):
     bytes_total: int
 
 
+class Arrival(NamedTuple):
+    """How a version came here."""
+
+    seconds: float
+    """From the question to verified tensors."""
+    by_source: dict[str, int]
+    """Bytes by node id of who sent them."""
+
+
 class Snapshot(NamedTuple):
     """One whole, verified version."""
 
     published: Published
     tensors: dict[str, TensorView]
     """Valid until the fetcher's next fetch, which turns them into another version."""
+    arrival: Arrival
 
     @property
     def version(self) -> int:
@@ -94,6 +92,7 @@ class Fetcher:
         keep: versions kept in the store after a fetch.
         record: given, chunks are taken over direct links, from other nodes too; it says what this node can do.
         relay: passes on what is fetched; listens where `record` says.
+        holds: which tensors this node wants, by name; by default all. A node that wants some passes nothing on.
     """
 
     def __init__(
@@ -107,6 +106,7 @@ class Fetcher:
         keep: int = 2,
         relay: Relay | None = None,
         record: PeerRecord | None = None,
+        holds: Holds | None = None,
     ) -> None:
         assert sources
         self._fabric = fabric
@@ -119,11 +119,15 @@ class Fetcher:
         self._bad_locally: set[bytes] = set()
         self._keep = keep
         self._newest = -1
-        self._image = Image(self._chunk)
+        self._image = Image(self._chunk, holds)
         self._relay = relay
-        self._record = record
+        self._record = record if record is None or holds is None else replace(record, host="", port=0)
+        self._holds = holds
+        self._links = LinkPool(fabric.identity)
+        self._whole = -1
+        """The version whose whole bytes are in the store."""
         self.received: Counter[str] = Counter()
-        """Bytes that came over direct links, by node id of who sent them."""
+        """Bytes by node id of who sent them."""
         self.blame: Counter[str] = Counter()
         """Wrong chunks and manifests received, by node id of the source."""
         self.bytes_fetched = 0
@@ -139,19 +143,21 @@ class Fetcher:
             NetworkError: no progress.
             StorageError: this node's disk is full or faulty.
         """
+        loop = asyncio.get_running_loop()
+        started, before = loop.time(), Counter(self.received)
         part, route = await self._find_route(version)
         for _ in range(MAX_ROUNDS):
             missing = await asyncio.to_thread(self._missing, route)
             if missing and self._record is not None:
-                await self._gather(part[0].manifest, missing, on_progress)
+                await self._gather(part[0].manifest, route.begin, missing, on_progress)
                 missing = await asyncio.to_thread(self._missing, route)
             if missing:
-                await self._fetch_chunks(part[0].manifest.version, missing, on_progress)
+                await self._ask_for(part[0].manifest.version, missing, on_progress)
             tensors = await asyncio.to_thread(self._image.become, part[0], route)
             if tensors is not None:
                 await asyncio.to_thread(self._keep_snapshot, route)
                 self._newest = max(self._newest, part[0].manifest.version)
-                return Snapshot(part[0], tensors)
+                return Snapshot(part[0], tensors, Arrival(loop.time() - started, dict(self.received - before)))
             # A chunk was damaged on a disk here: go on from as far as it went.
             found = find_route(part, self._image.published)
             if found is None:
@@ -225,8 +231,8 @@ class Fetcher:
         """Hashes of the chunks that are on no disk here, with their sizes, in the order of their use."""
         return {
             digest: size
-            for body in route.bodies
-            for digest, size in body.chunk_sizes()
+            for published, body in route.bodies
+            for digest, size in chunks_for(published.manifest, body, self._holds)
             if not self._store.has(digest) and not self._has_locally(digest)
         }
 
@@ -247,18 +253,32 @@ class Fetcher:
         source = self._sources[0]
         key = f"node/{node_id_of(source)}/peers/{self._model}/{version}"
         with waiting(f"the peers of version {version}", whom=source, deadline_s=MANIFEST_DEADLINE_S, is_detail=True):
-            data = await self._fabric.request(key, encode(self._record), MANIFEST_DEADLINE_S, to=source)
+            record = self._record
+            if self._relay is not None and record.host:
+                record = replace(self._relay.describe(record), whole=self._whole)
+            data = await self._fabric.request(key, encode(record), MANIFEST_DEADLINE_S, to=source)
         return decode(data, PeerList) if data else None
 
+    async def _ask_peers_again(self, version: str) -> PeerList | None:
+        """As `_ask_peers`, several times where the source is busy: without peers, all chunks come from it alone."""
+        for attempt in range(1, ASK_ATTEMPTS + 1):
+            try:
+                return await self._ask_peers(version)
+            except (NetworkError, RecordError) as error:
+                log.info("no peers are known yet: %s", error.problem)
+                await asyncio.sleep(ASK_AGAIN_S * attempt)
+        log.warning("version %s is asked of its source alone: no peers are known", version)
+        return None
+
     async def _gather(
-        self, target: Manifest, missing: dict[bytes, int], on_progress: Callable[[Progress], None] | None
+        self,
+        target: Manifest,
+        begin: Published | None,
+        missing: dict[bytes, int],
+        on_progress: Callable[[Progress], None] | None,
     ) -> None:
-        """Fetch over direct links what can be had so; whatever goes wrong there is left to `_fetch_chunks`."""
-        try:
-            listed = await self._ask_peers(str(target.version))
-        except (NetworkError, RecordError) as error:
-            log.warning("no peers are known: %s", error.problem)
-            return
+        """Fetch over direct links what can be had so; whatever goes wrong there is left to `_ask_for`."""
+        listed = await self._ask_peers_again(str(target.version))
         if listed is None:
             return
         total, done = sum(missing.values()), 0
@@ -273,11 +293,11 @@ class Fetcher:
                 on_progress(Progress(target.version, done, total))
 
         own = self._fabric.identity
-        # All who follow the chain are fetching this one now; what else is missing only the source is sure to have.
+        # All who follow the chain are fetching this one now; what else is missing they may have.
         shared = dict((target.change or target.bodies[0]).chunk_sizes())
         alone = {digest: size for digest, size in missing.items() if digest not in shared}
         parts = [
-            (alone, source_only(listed, own.public_key, len(alone))),
+            (alone, holders_of(listed, own.public_key, len(alone), begin and begin.manifest.version)),
             (shared, peers_of(listed, own.public_key, len(shared))),
         ]
         for sizes, peers in parts:
@@ -286,89 +306,37 @@ class Fetcher:
             try:
                 with waiting(f"the chunks of version {target.version}", whom=self._sources[0], is_detail=True):
                     await Gathering(
-                        own, self._store, sizes, peers, on_chunk, blame=self.blame, received=self.received
+                        self._links,
+                        self._store,
+                        sizes,
+                        peers,
+                        on_chunk,
+                        blame=self.blame,
+                        received=self.received,
+                        wanted=missing,
                     ).run()
             except NetworkError as error:
                 log.warning("version %d is asked of its source alone: %s", target.version, error.problem)
 
-    async def _fetch_chunks(
+    async def _ask_for(
         self, version: int, missing: dict[bytes, int], on_progress: Callable[[Progress], None] | None
     ) -> None:
-        todo = asyncio.Queue[tuple[int, bytes, int]]()
-        for number, (digest, size) in enumerate(missing.items(), start=1):
-            todo.put_nowait((number, digest, size))
         total, done = sum(missing.values()), 0
-        clock = asyncio.get_running_loop().time
-        ask_time = AskTime(CHUNKS_IN_FLIGHT, MIN_BYTES_PER_S, clock())
 
-        async def work() -> None:
+        def on_chunk(source: str, size: int) -> None:
             nonlocal done
-            while not todo.empty():
-                number, digest, size = todo.get_nowait()
-                what = f"chunk {number} of {len(missing)} of version {version}"
-                await self._fetch_chunk(what, digest, size, ask_time)
-                ask_time.arrived(size, clock())
-                done += size
-                if on_progress is not None:
-                    on_progress(Progress(version, done, total))
+            done += size
+            self.bytes_fetched += size
+            self.received[source] += size
+            if on_progress is not None:
+                on_progress(Progress(version, done, total))
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(CHUNKS_IN_FLIGHT, len(missing))):
-                    group.create_task(work())
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        asking = Asking(self._fabric, self._store, self._sources, blame=self.blame, on_chunk=on_chunk)
+        await asking.fetch(version, missing)
 
-    async def _fetch_chunk(self, what: str, digest: bytes, size: int, ask_time: AskTime) -> None:
-        # All chunks in flight share the link, so each may take as long as all of them together.
-        patience_s = PATIENCE_S + CHUNKS_IN_FLIGHT * size / MIN_BYTES_PER_S
-        deadline = asyncio.get_running_loop().time() + patience_s
-        with waiting(what, whom=self._sources[0], deadline_s=patience_s, is_detail=True) as wait:
-            await self._take_from_any(wait, digest, size, deadline, ask_time)
-
-    async def _take_from_any(self, wait: waiting, digest: bytes, size: int, deadline: float, ask_time: AskTime) -> None:
-        loop = asyncio.get_running_loop()
-        failure: RecordError | NetworkError = NetworkError("no source is left.")
-        while (remaining := deadline - loop.time()) > 0:
-            sources = self._trusted_sources()
-            num_gone = 0
-            for source in sources:
-                wait.whom = source
-                patience_s = min(max(1.0, remaining / len(sources)), ask_time.seconds(size))
-                asked_at = loop.time()
-                try:
-                    await self._take(source, digest, size, patience_s)
-                    return
-                except RecordError as error:
-                    self.blame[node_id_of(source)] += 1
-                    log.warning("node %s sent a wrong chunk: %s", node_id_of(source), error.problem)
-                    failure = error
-                except RemoteError as error:
-                    num_gone += error.error_type == ChunkGone.__name__
-                    failure = error
-                except NetworkError as error:
-                    failure = error
-                    if loop.time() - asked_at >= patience_s:
-                        ask_time.late(size, loop.time())
-            if not sources:
-                raise RecordError(
-                    "every source sent bytes that are not on the signed chain.", "Ask for a fresh ticket."
-                )
-            if num_gone == len(sources):
-                raise SnapshotGone("the snapshot is no longer served: its chunks are gone.", "Fetch the newest.")
-            await asyncio.sleep(BUSY_RETRY_S)
-        raise failure
-
-    def _trusted_sources(self) -> list[bytes]:
-        return [source for source in self._sources if self.blame[node_id_of(source)] < MAX_BLAME]
-
-    async def _take(self, source: bytes, digest: bytes, size: int, deadline_s: float) -> None:
-        key = f"node/{node_id_of(source)}/chunk/{digest.hex()}"
-        data = await self._fabric.request(key, b"", deadline_s, to=source, max_reply_bytes=size)
-        if len(data) != size or await asyncio.to_thread(lambda: blake3(data).digest()) != digest:
-            raise RecordError(f"bytes sent as chunk {digest.hex()[:16]}… have another hash.")
-        await asyncio.to_thread(self._store.put_chunk, data, digest)
-        self.bytes_fetched += size
+    def close(self) -> None:
+        """End the links that are kept open for the next fetch."""
+        self._links.close()
 
     def _chunk(self, digest: bytes) -> bytes | None:
         chunk = self._store.get_chunk(digest)
@@ -381,6 +349,13 @@ class Fetcher:
     def _keep_snapshot(self, route: Route) -> None:
         # What was read from the local store is not copied, so its manifest is not kept here either.
         for published in route.versions:
-            if any(self._store.has_body(body) for body in published.manifest.bodies):
-                self._store.put_manifest(published.signed)
+            for body in published.manifest.bodies:
+                needed = [digest for digest, _ in chunks_for(published.manifest, body, self._holds)]
+                if all(self._store.has(digest) for digest in needed):
+                    self._store.put_manifest(published.signed, needed=needed)
+                    break
         self._store.prune(self._model, self._keep)
+        if route.begin is not None and self._local is None and self._holds is None:
+            self._whole = route.begin.manifest.version
+        if self._whole not in self._store.versions(self._model):
+            self._whole = -1

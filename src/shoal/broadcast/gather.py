@@ -6,8 +6,8 @@ Every node asks the relay of a chunk for it and a relay asks the source; the ans
 can go wrong is repaired by asking somebody else, never by beginning again:
 
 - a link that cannot be opened, ends, or is silent for `SILENCE_S`: its peer is gone, and the plan's stand-in is asked
-- a wrong chunk, or one that nobody asked for: the peer is blamed and gone
-- a peer that lives and sends nothing for `LATE_S`: the stand-in is asked for its next chunks as well
+- a wrong chunk, or one that nobody asked for: the peer is blamed and gone, for later versions too
+- a peer that lives and sends nothing for `LATE_S` and some rounds: the stand-in is asked for its next chunks as well
 
 Invariants: a chunk enters the store only after its hash was found right; a chunk is dropped from what is missing only
 then; the gathering ends with nothing missing, or with an error after `GIVE_UP_S` without a single new chunk.
@@ -18,15 +18,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from blake3 import blake3
 
-from shoal.broadcast.link import Address, Kind, Link, dial
+from shoal.broadcast.link import Address, Kind, Link
+from shoal.broadcast.pool import LinkPool
 from shoal.broadcast.store import Store
 from shoal.errors import NetworkError, ShoalError
-from shoal.fabric.identity import Identity, node_id_of
+from shoal.fabric.identity import node_id_of
 from shoal.planning.dissemination import SOURCE, Plan
 
 log = logging.getLogger("shoal.broadcast")
@@ -35,6 +36,9 @@ SILENCE_S = 2.5
 """A peer says that it is alive twice a second."""
 
 LATE_S = 5.0
+CYCLES = 2.0
+"""So many times as long as a relay needs for one chunk to everybody is added to that."""
+
 LATE_CHUNKS = 8
 """Asked of the stand-in at once, when a peer is late."""
 
@@ -58,7 +62,9 @@ class Gathering:
     """Fetches one set of chunks.
 
     Args:
+        links: to the others, open or to be opened.
         sizes: bytes of each chunk by its hash, in the order of the plan's chunks.
+        wanted: those of them that this node is to have; by default all.
         on_chunk: told of each chunk, hash and bytes, when it is in the store.
         blame: counts wrong chunks by node id.
         received: counts bytes by the node id they came from.
@@ -66,7 +72,7 @@ class Gathering:
 
     def __init__(
         self,
-        identity: Identity,
+        links: LinkPool,
         store: Store,
         sizes: Mapping[bytes, int],
         peers: Peers,
@@ -74,8 +80,9 @@ class Gathering:
         *,
         blame: Counter[str],
         received: Counter[str],
+        wanted: Collection[bytes] | None = None,
     ) -> None:
-        self._identity = identity
+        self.links = links
         self._store = store
         self._peers = peers
         self._on_chunk = on_chunk
@@ -83,8 +90,9 @@ class Gathering:
         self._received = received
         self._sizes = sizes
         self._places = {digest: place for place, digest in enumerate(sizes)}
-        self._missing = dict.fromkeys(digest for digest in sizes if not store.has(digest))
-        self._gone: set[int] = {i for i in range(len(peers.plan.receivers)) if i not in peers.addresses}
+        asked = sizes if wanted is None else [digest for digest in sizes if digest in wanted]
+        self._missing = dict.fromkeys(digest for digest in asked if not store.has(digest))
+        self._gone: set[int] = {i for i in range(len(peers.plan.receivers)) if self._is_useless(i)}
         self._providers: dict[int, _Provider] = {}
         self._done = asyncio.Event()
         self._failure: ShoalError | None = None
@@ -95,7 +103,7 @@ class Gathering:
 
         Raises:
             NetworkError: nothing came for `GIVE_UP_S`.
-        StorageError: this node's disk is full or faulty.
+            StorageError: this node's disk is full or faulty.
         """
         try:
             self._assign(self._missing)
@@ -113,6 +121,11 @@ class Gathering:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _is_useless(self, number: int) -> bool:
+        """Whether a peer cannot be connected to, or has sent wrong chunks before."""
+        address = self._peers.addresses.get(number)
+        return address is None or self._blame[node_id_of(address.public_key)] > 0
 
     def _assign(self, digests: Iterable[bytes], *, late: int | None = None) -> None:
         """Ask for chunks; `late` is a provider not to ask, though it lives."""
@@ -143,21 +156,23 @@ class Gathering:
                 "Check this node's connection.",
             )
         for number, provider in list(self._providers.items()):
-            if provider.pending and now - provider.chunk_at > LATE_S:
-                provider.chunk_at = now
+            if provider.pending and now - provider.moved_at > self._patience_s(number):
+                provider.asked_at = now
                 late = list(provider.pending)[:LATE_CHUNKS]
                 if number != SOURCE:
                     self._assign(late, late=number)
-            if provider.link is not None and now - provider.link.heard_at > SILENCE_S:
+            if provider.pending and provider.link is not None and now - provider.heard_at > SILENCE_S:
                 provider.link.close()
+
+    def _patience_s(self, number: int) -> float:
+        """How long a relay may send nothing to this node: it has a chunk for each of the others first."""
+        plan = self._peers.plan
+        up = plan.source_up if number == SOURCE else plan.receivers[number].up_bytes_per_s
+        return LATE_S + CYCLES * len(plan.receivers) * max(self._sizes.values()) / up if up > 0 else LATE_S
 
     def address_of(self, number: int) -> Address:
         """Where a provider listens."""
         return self._peers.addresses[number]
-
-    async def dial(self, number: int) -> Link:
-        """Connect to a provider."""
-        return await dial(self._identity, self.address_of(number))
 
     def lost(self, number: int, error: NetworkError) -> None:
         """A provider is gone: ask others for what it owes."""
@@ -186,6 +201,7 @@ class Gathering:
             log.warning("node %s sent a wrong chunk", node_id)
             raise NetworkError("a peer sent a wrong chunk.")
         self._received[node_id] += len(data)
+        self._providers[number].paid(digest)
         for provider in self._providers.values():
             provider.got(digest, drop=provider.number != number)
         if digest in self._missing:
@@ -204,15 +220,30 @@ class _Provider:
         self._gathering = gathering
         self.number = number
         self.pending: dict[bytes, None] = {}
+        self._owed: set[bytes] = set()
+        """What was asked over the present link and has not come over it: it may come even where it was dropped."""
         self._wants: list[bytes] = []
         self._drops: list[bytes] = []
         self._changed = asyncio.Event()
         self.link: Link | None = None
-        self.chunk_at = asyncio.get_running_loop().time()
+        self.asked_at = asyncio.get_running_loop().time()
+        """When it was given something to do, or was passed by."""
         self.task = asyncio.create_task(self._run(delay_s))
+
+    @property
+    def heard_at(self) -> float:
+        """When it last gave a sign of life; one that was asked for nothing need not give any."""
+        return self.asked_at if self.link is None else max(self.asked_at, self.link.heard_at)
+
+    @property
+    def moved_at(self) -> float:
+        """When it last showed that it gets on; a slow one takes long for a chunk, and sends all the while."""
+        return self.asked_at if self.link is None else max(self.asked_at, self.link.data_at)
 
     def want(self, digests: list[bytes]) -> None:
         """Ask for chunks that are not pending here yet."""
+        if not self.pending:
+            self.asked_at = asyncio.get_running_loop().time()
         new = [digest for digest in digests if digest not in self.pending]
         self.pending.update(dict.fromkeys(new))
         self._wants += new
@@ -222,32 +253,53 @@ class _Provider:
         """A chunk is here; `drop`: it came from another one, so this one need not send it."""
         if digest in self.pending:
             del self.pending[digest]
-            self.chunk_at = asyncio.get_running_loop().time()
             if drop:
                 self._drops.append(digest)
                 self._changed.set()
 
+    def paid(self, digest: bytes) -> None:
+        """A chunk has come from this one."""
+        self._owed.discard(digest)
+
     async def _run(self, delay_s: float) -> None:
+        address, links = self._gathering.address_of(self.number), self._gathering.links
         try:
             await asyncio.sleep(delay_s)
-            self.link = await self._gathering.dial(self.number)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    group.create_task(self._ask(self.link))
-                    group.create_task(self._listen(self.link))
-            except ExceptionGroup as errors:
-                raise errors.exceptions[0] from None
-            finally:
-                self.link.close()
+            is_new = False
+            while not is_new:
+                self.link, is_new = await links.take(address)
+                began_at = self.link.heard_at
+                try:
+                    await self._use(self.link)
+                except NetworkError:
+                    # A link that was kept may have been dead for long, which says nothing about the peer.
+                    if is_new or self.link.heard_at > began_at:
+                        raise
+                    self._wants = list(self.pending)
+                finally:
+                    if self._owed or not self.link.is_between_frames:
+                        self.link.close()
+                    else:
+                        links.put(address, self.link)
         except NetworkError as error:
             self._gathering.lost(self.number, error)
         except ShoalError as error:
             self._gathering.fail(error)
 
+    async def _use(self, link: Link) -> None:
+        self._owed.clear()
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._ask(link))
+                group.create_task(self._listen(link))
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+
     async def _ask(self, link: Link) -> None:
         while True:
             self._changed.clear()
             wants, self._wants, drops, self._drops = self._wants, [], self._drops, []
+            self._owed.update(wants)
             await link.send_digests(Kind.WANT, wants)
             await link.send_digests(Kind.DROP, drops)
             await self._changed.wait()

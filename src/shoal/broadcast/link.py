@@ -22,10 +22,12 @@ import struct
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 
+from shoal.broadcast.uplink import SendCounts
 from shoal.errors import NetworkError
 from shoal.fabric.endpoint import is_loopback
 from shoal.fabric.identity import Identity, verify
@@ -47,11 +49,25 @@ WRITE_BUFFER_BYTES = 64 * 2**10
 UNSENT_BYTES = 128 * 2**10
 """What may wait in the kernel without being under way, where the system can bound it."""
 
+CONGESTION = b"cubic"
+"""Where there is a choice. Of many flows over one slow access link, BBR's sent a tenth of all bytes twice."""
+
 READ_BUFFER_BYTES = 256 * 2**10
 """What has come and is not read yet: above it, the sender is held up."""
 
 PIECE_BYTES = 32 * 2**10
 """A frame is read in such pieces, so that a slow link is told from a dead one."""
+
+TURN_S = 1.0
+"""A link that takes nothing for so long loses its turn."""
+
+NEARLY_BYTES = 4 * 2**10
+FIRST_LOOK_S, LAST_LOOK_S = 0.002, 0.05
+"""How soon, and how rarely at most, it is looked whether a frame has left."""
+
+TCP_INFO_BYTES = 148
+ACKNOWLEDGED, UNSENT = struct.Struct("=Q"), struct.Struct("=I")
+"""`tcpi_bytes_acked` and `tcpi_notsent_bytes` of Linux's `struct tcp_info`, at bytes 120 and 144."""
 
 MAX_DIGESTS = 4096
 """In one frame."""
@@ -67,7 +83,7 @@ class Kind(IntEnum):
     CHUNK = 3
     """A chunk's hash and bytes."""
     ALIVE = 4
-    """Nothing to send at the moment."""
+    """Here, whatever else may come when."""
     PIECE = 5
     """A frame of a pipeline's step (`protocol.stage`)."""
 
@@ -98,6 +114,10 @@ class Link:
         self.peer = peer
         self.heard_at = asyncio.get_running_loop().time()
         """When bytes came last."""
+        self.data_at = self.heard_at
+        """When bytes came last that were more than a sign of life."""
+        self.is_between_frames = True
+        """Whether everything that came was read to the end of a frame."""
 
     async def receive(self) -> tuple[Kind, bytes]:
         """The next frame.
@@ -107,10 +127,13 @@ class Link:
         """
         try:
             number, length = HEADER.unpack(await self._reader.readexactly(HEADER.size))
+            self.is_between_frames = False
             kind = Kind(number)
             if length > MAX_BYTES[kind]:
                 raise NetworkError(f"a peer sends a frame of {length} bytes.")
-            return kind, await self._read(length)
+            frame = await self._read(length)
+            self.is_between_frames = True
+            return kind, frame
         except (OSError, asyncio.IncompleteReadError, ssl.SSLError) as error:
             raise NetworkError(f"a link ended: {error}.") from error
         except ValueError:
@@ -120,8 +143,11 @@ class Link:
         data, loop = bytearray(), asyncio.get_running_loop()
         self.heard_at = loop.time()
         while len(data) < length:
-            data += await self._reader.readexactly(min(PIECE_BYTES, length - len(data)))
-            self.heard_at = loop.time()
+            piece = await self._reader.read(min(PIECE_BYTES, length - len(data)))
+            if not piece:
+                raise asyncio.IncompleteReadError(bytes(data), length)
+            data += piece
+            self.heard_at = self.data_at = loop.time()
         return bytes(data)
 
     async def send(self, kind: Kind, *parts: bytes) -> None:
@@ -130,10 +156,43 @@ class Link:
         Raises:
             NetworkError: the connection ended.
         """
+        self._put(kind, *parts)
+        await self._drain()
+
+    async def send_in_turn(self, turn: AbstractAsyncContextManager[None], kind: Kind, *parts: bytes) -> None:
+        """Send a frame, inside `turn` until nearly all of it is under way, for `TURN_S` where the link takes nothing.
+
+        Raises:
+            NetworkError: the connection ended.
+        """
+        loop = asyncio.get_running_loop()
+        async with turn:
+            self._put(kind, *parts)
+            until, pause_s = loop.time() + TURN_S, FIRST_LOOK_S
+            while (counts := self.counts()) is not None and counts.waiting > NEARLY_BYTES and loop.time() < until:
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, LAST_LOOK_S)
+        await self._drain()
+
+    def show_life(self) -> None:
+        """Send an `ALIVE`, unless bytes wait that show as much.
+
+        Raises:
+            NetworkError: the connection ended.
+        """
+        if self._writer.transport.get_write_buffer_size() == 0:
+            self._put(Kind.ALIVE)
+
+    def _put(self, kind: Kind, *parts: bytes) -> None:
         try:
             self._writer.write(HEADER.pack(kind, sum(map(len, parts))))
             for part in parts:
                 self._writer.write(part)
+        except (OSError, ssl.SSLError) as error:
+            raise NetworkError(f"a link ended: {error}.") from error
+
+    async def _drain(self) -> None:
+        try:
             await self._writer.drain()
         except (OSError, ssl.SSLError) as error:
             raise NetworkError(f"a link ended: {error}.") from error
@@ -142,6 +201,25 @@ class Link:
         """`WANT` or `DROP` for any number of chunks."""
         for start in range(0, len(digests), MAX_DIGESTS):
             await self.send(kind, b"".join(digests[start : start + MAX_DIGESTS]))
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether this end knows that it is over."""
+        return self._writer.is_closing() or self._reader.at_eof()
+
+    def counts(self) -> SendCounts | None:
+        """What the other end has acknowledged, and what waits here; `None` where the system does not say."""
+        plain = self._writer.get_extra_info("socket")
+        if sys.platform != "linux" or plain is None:
+            return None
+        try:
+            told = plain.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, TCP_INFO_BYTES)
+        except OSError:  # it has just ended
+            return None
+        if len(told) < TCP_INFO_BYTES:  # an old kernel
+            return None
+        acknowledged, waiting = ACKNOWLEDGED.unpack_from(told, 120)[0], UNSENT.unpack_from(told, 144)[0]
+        return SendCounts(acknowledged, waiting + self._writer.transport.get_write_buffer_size())
 
     def close(self) -> None:
         """End the connection at once; whoever reads or writes gets a `NetworkError`."""
@@ -229,3 +307,4 @@ def _tune(writer: asyncio.StreamWriter) -> None:
         plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if sys.platform == "linux":
             plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, CONGESTION)

@@ -18,9 +18,10 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
-from shoal.broadcast.chain import CHUNK_BYTES, Published, entry_of, sign_manifest
+from shoal.broadcast.chain import Published, chunk_bytes_of, entry_of, sign_manifest
 from shoal.broadcast.delta import Change, encode_change
 from shoal.broadcast.peers import PeerBook
+from shoal.broadcast.relay import Relay
 from shoal.broadcast.store import MODEL_NAME, Store
 from shoal.broadcast.tensors import TensorView, chunks_of
 from shoal.errors import RecordError
@@ -74,9 +75,10 @@ class SnapshotWriter:
 
     Args:
         identity: signs the manifests; its key must be the one that the store trusts.
+        chunk_bytes: by default what suits a body's size.
     """
 
-    def __init__(self, store: Store, identity: Identity, model: str, *, chunk_bytes: int = CHUNK_BYTES) -> None:
+    def __init__(self, store: Store, identity: Identity, model: str, *, chunk_bytes: int | None = None) -> None:
         self._store = store
         self._identity = identity
         self._model = model
@@ -159,8 +161,10 @@ class SnapshotWriter:
         return sum(self._since_anchor) + change_bytes > whole_bytes or len(self._since_anchor) + 1 >= MAX_CHANGES
 
     def _put_body(self, parts: list[bytes] | list[memoryview]) -> Body:
-        digests = [self._store.put_chunk(chunk) for chunk in chunks_of(parts, self._chunk_bytes)]
-        return Body(sizes=tuple(len(part) for part in parts), chunk_bytes=self._chunk_bytes, chunks=tuple(digests))
+        sizes = tuple(len(part) for part in parts)
+        chunk_bytes = self._chunk_bytes or chunk_bytes_of(sum(sizes))
+        digests = tuple(self._store.put_chunk(chunk) for chunk in chunks_of(parts, chunk_bytes))
+        return Body(sizes=sizes, chunk_bytes=chunk_bytes, chunks=digests)
 
 
 def _same_layout(held: Published, views: Mapping[str, TensorView]) -> bool:
@@ -174,7 +178,7 @@ def write_snapshot(
     version: int,
     tensors: Mapping[str, TensorView],
     *,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> Published:
     """Publish one version whole; see `SnapshotWriter.write`, which publishes changes."""
     return SnapshotWriter(store, identity, model, chunk_bytes=chunk_bytes).write(version, tensors)
@@ -197,7 +201,7 @@ class Publisher:
         self._fabric = fabric
         self._store = store
         self.allow = allow
-        self._record: PeerRecord | None = None
+        self._links: tuple[Relay, PeerRecord] | None = None
         self._book = PeerBook()
         self._services: list[Service] = []
         self.chunk_bytes_served = 0
@@ -217,10 +221,10 @@ class Publisher:
         """Stop answering."""
         await asyncio.gather(*(service.close() for service in self._services))
 
-    def offer_links(self, record: PeerRecord) -> None:
+    def offer_links(self, relay: Relay, record: PeerRecord) -> None:
         """From now on tell nodes of this node's relay, which listens where `record` says, and of each other, so that
         they pass chunks on."""
-        self._record = record
+        self._links = relay, record
 
     async def announce(self, model: str, version: int) -> None:
         """Tell subscribers that `version` of `model` can be fetched here."""
@@ -240,16 +244,18 @@ class Publisher:
 
     async def _peers(self, request: Request) -> bytes:
         """Note the asker and tell it with whom it shares a version; nothing where chunks are not passed on."""
-        if self._record is None:
+        if self._links is None:
             return b""
         model, version = request.key.split("/")[-2:]
         if not MODEL_NAME.fullmatch(model):
             raise RecordError(f"{model!r} cannot name a model.")
         now = asyncio.get_running_loop().time()
         self._book.note(request.sender_key, decode(request.body, PeerRecord, max_bytes=MAX_PEER_BYTES), now)
-        peers = () if version == NOTHING else self._book.peers(model, _version_of(version), now)
-        own = Peer(public_key=self._fabric.identity.public_key, record=self._record)
-        return encode(PeerList(source=own, peers=peers))
+        relay, record = self._links
+        own = Peer(public_key=self._fabric.identity.public_key, record=relay.describe(record))
+        if version == NOTHING:
+            return encode(PeerList(source=own, peers=()))
+        return encode(self._book.peers(model, _version_of(version), own, now))
 
     async def _chain(self, request: Request) -> bytes:
         """The signed manifests from a version back; none if it is not here."""

@@ -6,16 +6,20 @@
 So a chunk goes on as soon as it is verified, not when the snapshot is whole (cut-through per chunk).
 
 Invariants: only what the store gives out, verified, is sent; wanted hashes a link may leave waiting, links a key may
-hold, and links in all are bounded; a link that wants nothing is kept at the price of an `ALIVE` now and then.
+hold, and links in all are bounded; whether a key may have chunks is asked at every `WANT`; whoever waits for chunks
+hears an `ALIVE` now and then, and a link that wants nothing is silent.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+
+from msgspec.structs import replace
 
 from shoal.broadcast.link import (
     READ_BUFFER_BYTES,
@@ -27,6 +31,8 @@ from shoal.broadcast.link import (
     welcome,
 )
 from shoal.broadcast.store import Store
+from shoal.broadcast.turns import Turns
+from shoal.broadcast.uplink import INTERVAL_S, UplinkMeter
 from shoal.errors import NetworkError, ShoalError
 from shoal.fabric.endpoint import is_loopback, reachable_addresses, resolve
 from shoal.fabric.identity import Identity, node_id_of
@@ -35,13 +41,16 @@ from shoal.protocol.snapshot import PeerRecord
 log = logging.getLogger("shoal.broadcast")
 
 ALIVE_S = 0.5
-"""A link with nothing to send says so this often."""
+"""A link that waits for chunks hears this often that somebody is there."""
 
 MAX_WANTED = 2**17
 """Chunks that one link may want at once: 16 GiB of them."""
 
-MAX_FRESH = 64
-"""Chunks kept in memory after they came: 8 MiB."""
+MAX_FRESH_BYTES = 16 * 2**20
+"""Chunks kept in memory after they came."""
+
+MAX_SENDING = 4
+"""Links that send at a time (`turns`); several, because one alone does not fill a long way."""
 
 MAX_LINKS = 512
 MAX_LINKS_PER_KEY = 4
@@ -63,6 +72,11 @@ class Relay:
         self._waiting: dict[bytes, set[_Serving]] = {}
         self._fresh: OrderedDict[bytes, bytes] = OrderedDict()
         """Chunks that came last."""
+        self._fresh_bytes = 0
+        self.turns = Turns(MAX_SENDING)
+        """A link has one while a chunk leaves, first whoever has had the smallest part of what it wants."""
+        self._uplink = UplinkMeter()
+        self._measuring: asyncio.Task[None] | None = None
         self.bytes_sent: Counter[str] = Counter()
         """By node id of who took them."""
         self.refused = 0
@@ -83,14 +97,17 @@ class Relay:
             raise NetworkError(
                 f"cannot listen for links on {host}:{port}: {error.strerror or error}.", "Choose another port."
             ) from error
+        self._measuring = asyncio.create_task(self._measure())
         bound = self._server.sockets[0].getsockname()[1]
         return Address(host, bound, self._identity.public_key)
 
     def arrived(self, digest: bytes, data: bytes) -> None:
         """A chunk, verified, has entered the store: send it to those who wait for it."""
-        self._fresh[digest] = data
-        while len(self._fresh) > MAX_FRESH:
-            self._fresh.popitem(last=False)
+        if digest not in self._fresh:
+            self._fresh[digest] = data
+            self._fresh_bytes += len(data)
+        while self._fresh_bytes > MAX_FRESH_BYTES:
+            self._fresh_bytes -= len(self._fresh.popitem(last=False)[1])
         for serving in self._waiting.pop(digest, ()):
             serving.arrived(digest)
 
@@ -99,9 +116,23 @@ class Relay:
         if self._server is not None:
             self._server.close()
         tasks = list(self._links.values())
+        if self._measuring is not None:
+            tasks.append(self._measuring)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def describe(self, record: PeerRecord) -> PeerRecord:
+        """The record with what this node's uplink was measured to carry, if it was."""
+        measured = self._uplink.bytes_per_s
+        return replace(record, up_bytes_per_s=measured) if measured > 0 else record
+
+    async def _measure(self) -> None:
+        clock = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(INTERVAL_S)
+            counts = {s.number: s.link.counts() for s in self._links if s.link is not None}
+            self._uplink.sample({number: one for number, one in counts.items() if one is not None}, clock())
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._links) >= MAX_LINKS:
@@ -126,7 +157,11 @@ class Relay:
 
     def _admit(self, key: bytes) -> bool:
         num_links = sum(serving.link is not None and serving.link.peer == key for serving in self._links)
-        return num_links < MAX_LINKS_PER_KEY and (self._allow is None or self._allow(key))
+        return num_links < MAX_LINKS_PER_KEY and self.allows(key)
+
+    def allows(self, key: bytes) -> bool:
+        """Whether the node with this key may still have chunks; a link outlives a grant."""
+        return self._allow is None or self._allow(key)
 
     def has(self, digest: bytes) -> bool:
         """Whether the chunk is in the store."""
@@ -168,12 +203,18 @@ async def relaying(
         await relay.close()
 
 
+_numbers = itertools.count()
+
+
 class _Serving:
     """One link's wants."""
 
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
         self.link: Link | None = None
+        self.number = next(_numbers)
+        self._num_sent = 0
+        """Chunks, since nothing was wanted last."""
         self._wanted: set[bytes] = set()
         self._ready: deque[bytes] = deque()
         self._changed = asyncio.Event()
@@ -185,6 +226,7 @@ class _Serving:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._listen(link))
                 group.create_task(self._send(link))
+                group.create_task(self._show_life(link))
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
@@ -204,6 +246,8 @@ class _Serving:
             kind, frame = await link.receive()
             match kind:
                 case Kind.WANT:
+                    if not self._relay.allows(link.peer):
+                        raise NetworkError("a dialler is no longer admitted.")
                     for digest in digests_of(frame):
                         self._want(digest)
                 case Kind.DROP:
@@ -216,6 +260,8 @@ class _Serving:
     def _want(self, digest: bytes) -> None:
         if len(self._wanted) >= MAX_WANTED:
             raise NetworkError("a dialler wants too many chunks at once.")
+        if not self._wanted:
+            self._num_sent = 0
         self._wanted.add(digest)
         if self._relay.has(digest):
             self.arrived(digest)
@@ -232,12 +278,17 @@ class _Serving:
                 if data is None:  # Pruned or damaged meanwhile: it may come again.
                     self._relay.wait_for(digest, self)
                     continue
-                await link.send(Kind.CHUNK, digest, data)
+                rank = self._num_sent / (self._num_sent + len(self._wanted))
+                await link.send_in_turn(self._relay.turns.turn(rank), Kind.CHUNK, digest, data)
                 self._wanted.discard(digest)
+                self._num_sent += 1
                 self._relay.bytes_sent[node_id_of(link.peer)] += len(data)
             self._changed.clear()
-            try:
-                async with asyncio.timeout(ALIVE_S):
-                    await self._changed.wait()
-            except TimeoutError:
-                await link.send(Kind.ALIVE)
+            await self._changed.wait()
+
+    async def _show_life(self, link: Link) -> None:
+        """Also while a chunk waits for its turn, or has not come."""
+        while True:
+            await asyncio.sleep(ALIVE_S)
+            if self._wanted:
+                link.show_life()

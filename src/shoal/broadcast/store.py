@@ -5,10 +5,11 @@
     DIR/new/                 files being written
 
 Invariants: a file appears whole or not at all (written in `new`, then renamed), so a process killed at any moment
-leaves a valid store; a manifest appears only after all chunks of one of its bodies; what a kept version is made from
-(its change, its parent's, … down to whole bytes) is kept as long as it is; bytes that come out were verified on the
-way out, and damaged files are removed and counted, as if they had never been there; only manifests signed by the
-trusted key for this run go in or come out. Blocking calls: use a thread from asyncio. Thread-safe.
+leaves a valid store; a manifest appears only after all chunks of one of its bodies (those that the node wants of them);
+what a kept version is made from (its change, its parent's, … down to whole bytes) is kept as long as it is; bytes that
+come out were verified on the way out, and damaged files are removed and counted, as if they had never been there; only
+manifests signed by the trusted key for this run go in or come out. Blocking calls: use a thread from asyncio.
+Thread-safe.
 
 Several processes may read a directory; one writes and prunes it, because what one process is about to name in a
 manifest another's `prune` cannot know.
@@ -17,13 +18,14 @@ manifest another's `prune` cannot know.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import re
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -50,11 +52,19 @@ class Store:
 
     Args:
         durable: wait for the disk before a file counts as written. A node that can fetch again need not.
+        max_bytes: of chunks. Before they would be more, all versions but each model's newest are dropped.
         read_only: never create, change or remove anything; for reading a directory that another process writes.
     """
 
     def __init__(
-        self, directory: Path, *, run: str, trusted_key: bytes, durable: bool = True, read_only: bool = False
+        self,
+        directory: Path,
+        *,
+        run: str,
+        trusted_key: bytes,
+        durable: bool = True,
+        read_only: bool = False,
+        max_bytes: float = math.inf,
     ) -> None:
         self.directory = directory
         self.run = run
@@ -63,6 +73,9 @@ class Store:
         """Files found damaged (and removed, unless read-only)."""
         self._durable = durable
         self._read_only = read_only
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        """Of all chunks; kept where there is a limit."""
         self._lock = threading.Lock()
         self._unnamed: set[bytes] = set()
         """Chunks put by a writer whose manifest is still to come: not garbage, though nothing names them yet."""
@@ -76,20 +89,39 @@ class Store:
                 with suppress(FileNotFoundError):
                     if time.time() - path.stat().st_mtime > ABANDONED_AFTER_S:
                         path.unlink()
+            self._measure()
 
     def put_chunk(self, data: bytes | memoryview, digest: bytes | None = None) -> bytes:
         """Keep a chunk and return its hash; `digest` is that hash where the caller has just computed it.
 
         Raises:
-            StorageError: the disk is full or cannot be written.
+            StorageError: the disk is full or cannot be written, or the limit does not hold one version.
         """
         digest = digest or blake3(data).digest()
         with self._lock:
             self._unnamed.add(digest)
         path = self._chunk_path(digest)
         if not path.exists():
+            self._make_room(len(data))
             self._write(path, data)
+            with self._lock:
+                self._num_bytes += len(data)
         return digest
+
+    def _measure(self) -> None:
+        if self._max_bytes < math.inf:
+            self._num_bytes = sum(path.stat().st_size for path in (self.directory / "chunks").glob("??/*"))
+
+    def _make_room(self, num_bytes: int) -> None:
+        if self._num_bytes + num_bytes <= self._max_bytes:
+            return
+        for model in os.listdir(self.directory / "manifests"):
+            self.prune(model, 1)
+        if self._num_bytes + num_bytes > self._max_bytes:
+            raise StorageError(
+                f"the newest snapshots do not fit into the {self._max_bytes:,.0f} bytes allowed in {self.directory}.",
+                "Allow more, or leave the limit out.",
+            )
 
     def get_chunk(self, digest: bytes) -> bytes | None:
         """The chunk with this hash, verified; `None` if it is not here (any more)."""
@@ -109,8 +141,11 @@ class Store:
         """Whether a file for this chunk is here; `get_chunk` says whether it is sound."""
         return self._chunk_path(digest).exists()
 
-    def put_manifest(self, signed: SignedManifest) -> Published:
+    def put_manifest(self, signed: SignedManifest, *, needed: Collection[bytes] | None = None) -> Published:
         """Keep a manifest; all chunks of its change, or of its whole tensors, must be here.
+
+        Args:
+            needed: the chunks that must be here instead, for a node that wants some tensors only.
 
         Raises:
             RecordError: not signed for this run, not following its parent, or in conflict with a version kept.
@@ -125,7 +160,8 @@ class Store:
             parent = self.manifest(manifest.model, older)
             if parent is not None and parent.hash == manifest.parent and not follows(parent, manifest):
                 raise RecordError(f"version {manifest.version} of {manifest.model!r} does not follow its parent.")
-        missing = min(sum(not self.has(digest) for digest in body.chunks) for body in manifest.bodies)
+        ways = [body.chunks for body in manifest.bodies] if needed is None else [needed]
+        missing = min(sum(not self.has(digest) for digest in chunks) for chunks in ways)
         if missing:
             raise StorageError(
                 f"version {manifest.version} of {manifest.model!r} lacks {missing} chunks in {self.directory}.",
@@ -218,6 +254,7 @@ class Store:
             dropped = [path for path in (self.directory / "chunks").glob("??/*") if path.name not in kept_names]
             for path in dropped:
                 path.unlink(missing_ok=True)
+            self._measure()
         return len(dropped)
 
     def _chunk_path(self, digest: bytes) -> Path:

@@ -20,4 +20,6 @@ def run(directory: str, /) -> None:
     path = Path(directory)
     config = load_config(str(path / "config.toml"), [])
     ticket = Ticket.decode((path / "own-ticket.txt").read_text())
-    asyncio.run(run_learner(config, path, ticket))
+    from shoal.serving.sessions_host import hosting
+
+    asyncio.run(run_learner(config, path, ticket, hosting))

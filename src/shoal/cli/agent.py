@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 
+from shoal.cli import agent_serving
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Flag, Json
 from shoal.errors import ConfigError
@@ -18,18 +20,28 @@ from shoal.errors import ConfigError
 if TYPE_CHECKING:
     from shoal.agents.scheduler.log import EventLog
     from shoal.agents.scheduler.policy import Policy
+    from shoal.agents.scheduler.records import RunRequest
     from shoal.agents.scheduler.service import Runs
+    from shoal.agents.tools.mcp_json import ServerConfig
 
 KEY_VARIABLE = "SHOAL_AGENT_KEY"
 
+Many = Annotated[tuple[str, ...], Parameter(negative="")]
 
+app = App(name="agent")
+app.command(agent_serving.serve)
+
+
+@app.default
 def run(
     task: str = "",
     /,
     *,
     tools: Path | None = None,
-    builtin: tuple[str, ...] = (),
+    builtin: Many = (),
     root: Path | None = None,
+    search_url: str = "",
+    allow: Many = (),
     model: str = "embedded",
     endpoint: str = "",
     steps: int = 16,
@@ -39,11 +51,16 @@ def run(
     usd: float = 1.0,
     session: str = "",
     approve: Flag = False,
+    episode: Path | None = None,
+    reward: float = 0.0,
     log: Path | None = None,
     resume: str = "",
     fork: str = "",
     list_: Annotated[bool, Parameter(name="--list", negative="")] = False,
     port: int | None = None,
+    host: str = "127.0.0.1",
+    keys: Path | None = None,
+    new_key: str | None = None,
     threads: int = 1,
     json: Json = False,
 ) -> int:
@@ -56,13 +73,17 @@ def run(
 
         shoal agent "What is 37 * 41, and what is 12 * 55?" --builtin calculator
         shoal agent "Which paper cites BM25?" --builtin corpus --root ~/papers --endpoint http://localhost:8000/v1
+        shoal agent "What do they charge?" --builtin browser --allow example.org
         shoal agent --tools mcp.json --port 8100
+        shoal agent serve --name librarian --tools mcp.json
 
     Args:
         task: What to do.
-        tools: An mcp.json.
-        builtin: Built-in tools, each as a server of its own: calculator, python, documents, corpus.
-        root: The folder that documents and corpus read.
+        tools: An mcp.json; it may name other agents as well.
+        builtin: Built-in tools, each as a server of its own (see shoal tools list); may be given several times.
+        root: The folder that documents and corpus read and pages writes.
+        search_url: The search service of the tools web: a SearXNG instance, or an address with {query} in it.
+        allow: A host that browser may reach, or that web may read although it is not public; several times for more.
         model: embedded, a directory, a .gguf file or a hub name; with --endpoint the name that it knows.
         endpoint: An OpenAI-compatible endpoint that decides in place of a model in this process, up to /v1.
         steps: At most so many decisions.
@@ -72,11 +93,16 @@ def run(
         usd: At most so much money.
         session: Runs of one session see each other's tasks and answers.
         approve: Allow without asking the calls of tools that are marked as dangerous.
+        episode: Add the run to this file, as an episode that can be trained on; for a model in this process.
+        reward: What the episode was worth.
         log: The log's file; by default one under the user's data directory.
         resume: Go on with this run.
         fork: Begin another run with the events of a run up to a number: RUN:SEQ.
         list_: List the log's runs.
-        port: Serve runs over HTTP there, on loopback, in place of doing one task; 0 takes a free one.
+        port: Serve runs over HTTP there, in place of doing one task; 0 takes a free one.
+        host: Address to serve on; beyond loopback keys are needed.
+        keys: File of keys' hashes; by default one under the user's data directory.
+        new_key: Make a key of this name, print it once, keep its hash in the file, and leave.
         threads: CPU threads of a model in this process.
     """
     from shoal.cli.tools import need_packages
@@ -84,82 +110,155 @@ def run(
     need_packages()
     from shoal.agents.scheduler.log import EventLog
     from shoal.agents.scheduler.records import Budget, RunRequest
-    from shoal.agents.tools.mcp_json import read_mcp_json
     from shoal.fabric.identity import data_dir
 
+    if new_key is not None:
+        agent_serving.make_key(keys, new_key, as_json=json)
+        return 0
     opened = EventLog(log or data_dir() / "agents" / "runs.db")
     if list_:
         _list(opened, json)
         return 0
     if not (task or resume or fork or port is not None):
         raise ConfigError("there is nothing to do.", "Give a task, --resume RUN, --fork RUN:SEQ, --list or --port.")
-    servers = [*(read_mcp_json(tools) if tools is not None else []), *_builtin_servers(builtin, root)]
+    if episode is not None and endpoint:
+        raise ConfigError("an endpoint's text is no token: --episode needs a model in this process.")
+    admitted = agent_serving.admitted(keys, host) if port is not None else None
+    who = Who(model=model, endpoint=endpoint, threads=threads)
+    tooling = Tooling(tools, builtin_servers(builtin, root, search_url, allow))
     budget = Budget(steps=steps, calls=calls, tokens=tokens, seconds=seconds, usd=usd)
     request = None
     if task:
-        request = RunRequest(task=task, budget=budget, session=session, approve="none" if approve else "marked")
+        request = RunRequest(
+            task=task,
+            budget=budget,
+            session=session,
+            approve="none" if approve else "marked",
+            record=episode is not None,
+        )
         request.check()
-    return asyncio.run(_work(opened, servers, (model, endpoint, threads), request, resume, fork, port, json))
 
-
-def _builtin_servers(names: tuple[str, ...], root: Path | None) -> list[Any]:
-    """Our own tools in processes of their own, where a deadline can end them."""
-    import sys
-
-    import shoal
-    from shoal.agents.builtin.catalogue import NEEDS_ROOT, builtin_tools
-    from shoal.agents.tools.card import Use
-    from shoal.agents.tools.mcp_json import ServerConfig, StdioServer
-
-    found = []
-    for name in names:
-        builtin_tools(name, root)  # says now what would be wrong there
-        arguments: tuple[str, ...] = ("-m", "shoal.cli", "tools", "serve", name)
-        if name in NEEDS_ROOT and root is not None:
-            arguments += ("--root", str(root.resolve()))
-        env = {"PYTHONPATH": str(Path(shoal.__file__).parents[1])}
-        where = StdioServer(command=sys.executable, args=arguments, env=env)
-        found.append(ServerConfig(name=name, where=where, use=Use(idempotent=True)))
-    return found
-
-
-async def _work(
-    log: EventLog,
-    servers: list[Any],
-    who: tuple[str, str, int],
-    request: Any,
-    resume: str,
-    fork: str,
-    port: int | None,
-    as_json: bool,
-) -> int:
-    from shoal.agents.scheduler.service import Runs
-    from shoal.agents.tools.mcp_client import McpServers
-    from shoal.agents.tools.toolbox import Toolbox
-
-    async with AsyncExitStack() as stack:
-        connected = await stack.enter_async_context(McpServers(servers))
-        policy = await stack.enter_async_context(_policy(*who))
-        runs = Runs(log, Toolbox(connected.tools), policy)
-        stack.push_async_callback(runs.close)
+    async def work(runs: Runs) -> int:
         if port is not None:
-            await _serve(runs, port)
+            assert admitted is not None
+            await agent_serving.serve_http(runs, host, port, admitted)
             return 0
-        if resume:
-            runs.resume(resume)
-            name = resume
-        elif fork:
-            of, _, number = fork.rpartition(":")
-            if not of or not number.isdigit():
-                raise ConfigError(f"{fork!r} names no event.", "Write RUN:SEQ, as the events' ids are written.")
-            name = runs.fork(of, int(number))
-        else:
-            name = runs.start(request)
-        if as_json:
+        name = _begin(runs, request, resume, fork)
+        if json:
             await runs.ended(name)
         else:
             await _show(runs, name)
-        summary = runs.summary(name)
+        if episode is not None:
+            _keep_episode(runs, name, episode, reward)
+        return _report(runs.summary(name), json)
+
+    return asyncio.run(with_runs(opened, who, tooling, work))
+
+
+@dataclass(frozen=True)
+class Who:
+    """Who decides."""
+
+    model: str
+    endpoint: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class Tooling:
+    """Which tools there are."""
+
+    file: Path | None
+    """An mcp.json."""
+    own: Sequence[ServerConfig]
+
+
+async def with_runs(
+    log: EventLog,
+    who: Who,
+    tooling: Tooling,
+    work: Callable[[Runs], Awaitable[int]],
+    *,
+    approval_timeout_s: float | None = None,
+) -> int:
+    """Do something with runs that have their tools connected and their model loaded; all of it ends afterwards.
+
+    Args:
+        approval_timeout_s: nobody's answer within this is a no.
+    """
+    from shoal.agents.scheduler.runner import APPROVAL_TIMEOUT_S
+    from shoal.agents.scheduler.service import Runs
+    from shoal.agents.tools.mcp_client import McpServers
+    from shoal.agents.tools.mcp_json import read_agents, read_mcp_json
+    from shoal.agents.tools.remote_agent import RemoteAgentTool
+    from shoal.agents.tools.toolbox import Callee, Toolbox
+
+    servers = [*(read_mcp_json(tooling.file) if tooling.file is not None else []), *tooling.own]
+    others = read_agents(tooling.file) if tooling.file is not None else []
+    async with AsyncExitStack() as stack:
+        connected = await stack.enter_async_context(McpServers(servers))
+        callees: list[Callee] = [*connected.tools, *map(RemoteAgentTool, others)]
+        policy = await stack.enter_async_context(policy_of(who))
+        timeout_s = APPROVAL_TIMEOUT_S if approval_timeout_s is None else approval_timeout_s
+        runs = Runs(log, Toolbox(callees), policy, approval_timeout_s=timeout_s)
+        stack.push_async_callback(runs.close)
+        return await work(runs)
+
+
+def builtin_servers(
+    names: Sequence[str], root: Path | None, search_url: str = "", allow: Sequence[str] = ()
+) -> list[ServerConfig]:
+    """Our own tools in processes of their own, where a deadline can end them."""
+    return [builtin_server((name,), root, search_url, allow, called=name) for name in names]
+
+
+def builtin_server(
+    names: Sequence[str],
+    root: Path | None,
+    search_url: str = "",
+    allow: Sequence[str] = (),
+    *,
+    called: str = "tools",
+) -> ServerConfig:
+    """Several of our tools in one process."""
+    import sys
+
+    import shoal
+    from shoal.agents.builtin.catalogue import Surroundings, check_builtin
+    from shoal.agents.tools.card import Use
+    from shoal.agents.tools.mcp_json import ServerConfig, StdioServer
+
+    arguments = ["-m", "shoal.cli", "tools", "serve", *names]
+    for name in names:
+        check_builtin(name, Surroundings(root, search_url, tuple(allow)))  # says now what would be wrong there
+    if root is not None:
+        arguments += ["--root", str(root.resolve())]
+    if search_url:
+        arguments += ["--search-url", search_url]
+    for host in allow:
+        arguments += ["--allow", host]
+    env = {"PYTHONPATH": str(Path(shoal.__file__).parents[1])}
+    if "SHOAL_HOME" in os.environ:
+        env["SHOAL_HOME"] = os.environ["SHOAL_HOME"]
+    acting = {"click", "type_text", "select_option", "scroll", "go_back"}
+    where = StdioServer(command=sys.executable, args=tuple(arguments), env=env)
+    return ServerConfig(name=called, where=where, use=Use(idempotent=True), tools=dict.fromkeys(acting, Use()))
+
+
+def _begin(runs: Runs, request: RunRequest | None, resume: str, fork: str) -> str:
+    if resume:
+        runs.resume(resume)
+        return resume
+    if fork:
+        of, _, number = fork.rpartition(":")
+        if not of or not number.isdigit():
+            raise ConfigError(f"{fork!r} names no event.", "Write RUN:SEQ, as the events' ids are written.")
+        return runs.fork(of, int(number))
+    assert request is not None
+    return runs.start(request)
+
+
+def _report(summary: dict[str, Any], as_json: bool) -> int:
     if as_json:
         print_json(summary)
     elif summary["answer"] is not None:
@@ -169,14 +268,30 @@ async def _work(
     return 0 if summary["answer"] is not None else 1
 
 
+def _keep_episode(runs: Runs, name: str, file: Path, reward: float) -> None:
+    """Add the run's episode to a file of episodes."""
+    from shoal.agents.scheduler.episodes import episode_of
+    from shoal.errors import StorageError
+    from shoal.protocol.codec import to_json
+
+    made = episode_of(list(runs.log.events(name)), reward)
+    made.check()
+    try:
+        with file.open("ab") as lines:
+            lines.write(to_json(made) + b"\n")
+    except OSError as error:
+        raise StorageError(f"{file} cannot be written: {error.strerror}.", "Name another file.") from None
+    note(f"the run is an episode in {file}: {len(made.turns)} turns, {made.num_tokens} tokens drawn")
+
+
 @asynccontextmanager
-async def _policy(model: str, endpoint: str, threads: int) -> AsyncIterator[Policy]:
+async def policy_of(who: Who) -> AsyncIterator[Policy]:
     """Who decides: an endpoint, or a model in this process."""
-    if endpoint:
+    if who.endpoint:
         from shoal.agents.scheduler.endpoint import Endpoint, EndpointPolicy
 
         key = os.environ.get(KEY_VARIABLE, "")
-        async with EndpointPolicy(Endpoint(url=endpoint, model=model, key=key)) as policy:
+        async with EndpointPolicy(Endpoint(url=who.endpoint, model=who.model, key=key)) as policy:
             yield policy
         return
     from shoal.agents.scheduler.local import SamplerPolicy
@@ -184,28 +299,10 @@ async def _policy(model: str, endpoint: str, threads: int) -> AsyncIterator[Poli
     from shoal.engine.source import resolve
     from shoal.rollout.host import model_cache
 
-    found = await asyncio.to_thread(resolve, model, model_cache(), note)
+    found = await asyncio.to_thread(resolve, who.model, model_cache(), note)
     context = found.config().max_position_embeddings
-    async with LocalEngine(found, threads=threads, max_sequences=4, context_tokens=context) as engine:
+    async with LocalEngine(found, threads=who.threads, max_sequences=4, context_tokens=context) as engine:
         yield SamplerPolicy(engine, engine.tokenizer)
-
-
-async def _serve(runs: Runs, port: int) -> None:
-    from contextlib import ExitStack
-
-    from starlette.applications import Starlette
-    from starlette.exceptions import HTTPException
-
-    from shoal.agents.http import run_routes
-    from shoal.cli.hosting import host
-    from shoal.serving.door import http_error
-    from shoal.serving.events import EventStream
-    from shoal.serving.server import listen
-
-    routes = run_routes(runs, lambda frames: EventStream(frames, 24 * 3600.0, ExitStack()))
-    listening = listen("127.0.0.1", port)
-    note(f"serving runs at http://127.0.0.1:{listening.getsockname()[1]}/v1/runs; Ctrl-C ends")
-    await host(Starlette(routes=routes, exception_handlers={HTTPException: http_error}), listening)
 
 
 async def _show(runs: Runs, name: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.text import Text
 from rich.tree import Tree
 
-from shoal.agents.scheduler.state import CallState, RunState
+from shoal.agents.scheduler.calls import CallState
+from shoal.agents.scheduler.state import RunState
 from shoal.agents.tools.outcome import Failure, Success
 
 MAX_CALLS_SHOWN = 24
@@ -23,10 +24,12 @@ def tree_of(state: RunState) -> Tree:
     for number, step in enumerate(state.steps, start=1):
         words = step.problem or step.thought or ("answers" if step.answer is not None else "calls")
         branch = tree.add(Text(_line(f"{number}. {words}"), style="yellow" if step.problem else ""))
+        held = state.calls.held()
         for name in step.calls[:MAX_CALLS_SHOWN]:
-            branch.add(_call(name, state.calls[name]))
-        if len(step.calls) > MAX_CALLS_SHOWN:
-            done = sum(state.calls[name].outcome is not None for name in step.calls)
+            if (call := held.get(name)) is not None:
+                branch.add(_call(name, call))
+        if len(step.calls) > MAX_CALLS_SHOWN or any(name not in held for name in step.calls):
+            done = sum(name not in held or held[name].outcome is not None for name in step.calls)
             branch.add(Text(f"… {len(step.calls)} calls, {done} done", style="dim"))
         if step.answer is not None:
             branch.add(Text(_line(step.answer), style="green"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from cyclopts import App
 
 from shoal.cli.output import console, print_json
@@ -11,10 +13,10 @@ from shoal.config import Config, load_config, shipped_configs, to_toml
 app = App(name="config", help="Check a configuration, or list those that come with Shoal.")
 
 
-def show(config: Config, *, json: bool = False) -> None:
-    """Print the resolved configuration, every default filled in: what `--dry-run` does."""
+def show(config: Config, *, json: bool = False, **more: Any) -> None:
+    """Print the resolved configuration, every default filled in: what `--dry-run` begins with."""
     if json:
-        print_json({"config": config.model_dump(mode="json")})
+        print_json({"config": config.model_dump(mode="json"), **more})
     else:
         console().print(to_toml(config, comments=True), markup=False, soft_wrap=True, end="")
 

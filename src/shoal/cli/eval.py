@@ -1,4 +1,4 @@
-"""`shoal eval`: measure a model on held-out questions of an environment, or (`shoal eval evm`) on quests."""
+"""`shoal eval`: measure a model on held-out questions of an environment, on quests (`evm`), or as an agent (`gaia`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from cyclopts import App
 
-from shoal.cli import eval_evm
+from shoal.cli import eval_evm, eval_gaia
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Json
 
@@ -17,6 +17,7 @@ QUESTIONS_AT_ONCE = 256
 
 app = App(name="eval")
 app.command(eval_evm.run, name="evm")
+app.command(eval_gaia.run, name="gaia")
 
 
 @app.default

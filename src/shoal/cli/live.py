@@ -6,12 +6,13 @@ Everything goes to standard error, so results on standard output stay clean.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from shoal.cli.output import error_console, note
 from shoal.cli.training import Session
+from shoal.coordinator.nodes import Node
 from shoal.coordinator.silence import Notice
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 SPARKS = "▁▂▃▄▅▆▇█"
 MAX_NOTICES = 8
 """Lines on what keeps others waiting that a terminal shows; `shoal status` shows all."""
+
+MAX_FEEDERS = 3
+"""Nodes named that a worker's newest version came from."""
 
 WAITING_HINT_S = 20.0
 """Without any worker for this long, the view says how to start one."""
@@ -155,15 +159,16 @@ class LiveView:
         if "capacity/needed_rate" in plan:
             facts.add_row(*_plan_cells(plan))
         table = Table(box=None, padding=(0, 2), header_style="dim")
-        for column in ("worker", "policy", "tokens/s", "rollouts/s", "rollouts used"):
+        for column in ("worker", "policy", "came from", "tokens/s", "rollouts/s", "rollouts used"):
             table.add_column(column)
         used_by, rates = control.consumption.by_name, control.provisioning.rates()
         for node in workers:
             rate = "parked" if node.node_id in control.provisioning.parked else f"{rates.get(node.node_id, 0.0):.2f}"
             used = used_by.get(node.name, 0)
-            table.add_row(node.name, str(node.version), f"{node.tokens_per_s:.0f}", rate, str(used))
+            held, origin = _policy_cells(node, coordinator.name_of)
+            table.add_row(node.name, held, origin, f"{node.tokens_per_s:.0f}", rate, str(used))
         if not workers:
-            table.add_row("none yet", "", "", "", "")
+            table.add_row("none yet", "", "", "", "", "")
         evals = "   ".join(f"v{v}: {r['strict']:.1%}" for v, r in sorted(control.evals.results.items()))
         for round_ in control.evals.rounds.values():
             evals += f"   v{round_.version}: {len(round_.answers)}/{len(round_.tasks)} answered"
@@ -180,6 +185,19 @@ class LiveView:
 
 def _waits_for_workers(session: Session) -> bool:
     return session.config.workers.count == 0 and session.config.learner.mode != "colocated"
+
+
+def _policy_cells(node: Node, name_of: Callable[[str], str]) -> tuple[str, str]:
+    """The version that a worker has and what is on its way to it; who fed it the last one that came."""
+    held = str(node.version)
+    if (now := node.fetching) is not None:
+        held += f" → {now.version} {now.bytes_done / max(1, now.bytes_total):.0%}"
+    if node.arrived is None:
+        return held, ""
+    total = max(1, sum(node.arrived.by_source.values()))
+    largest = sorted(node.arrived.by_source.items(), key=lambda item: -item[1])[:MAX_FEEDERS]
+    fed = ", ".join(f"{name_of(source)} {num_bytes / total:.0%}" for source, num_bytes in largest)
+    return held, f"{fed}, {node.arrived.seconds:.1f} s"
 
 
 def _plan_cells(plan: Mapping[str, float]) -> tuple[str, str, str, str]:

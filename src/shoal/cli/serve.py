@@ -27,6 +27,9 @@ def run(
     threads: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    weights: str | None = None,
+    adapter: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    embedding_model: str | None = None,
     context_tokens: int | None = None,
     max_sequences: int | None = None,
     stages: int | None = None,
@@ -34,9 +37,11 @@ def run(
     in_flight: int | None = None,
     stage_host: str | None = None,
     name: str | None = None,
+    capture: str | None = None,
     api_key: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     keys: Path | None = None,
     new_key: str | None = None,
+    verify_receipt: Path | None = None,
     json: Json = False,
 ) -> None:
     """Serve a model over HTTP until Ctrl-C or SIGTERM, as OpenAI's API does.
@@ -58,6 +63,9 @@ def run(
         threads: CPU threads.
         device: auto, cpu, cuda or cuda:N.
         dtype: bf16 or fp32.
+        weights: full, or int8: in 8 bits, on a CPU.
+        adapter: A LoRA adapter as NAME=FOLDER, which clients ask for as MODEL:NAME. May be given several times.
+        embedding_model: A second model, which answers /v1/embeddings under this name.
         context_tokens: Longest sequence, prompt and completion together.
         max_sequences: Completions drawn at once.
         stages: Share the layers among so many processes; 0: this one has them all.
@@ -65,14 +73,19 @@ def run(
         in_flight: Batches under way at once over the stages; 0: as many as there are stages.
         stage_host: Address on which stages join.
         name: What clients call the model; by default as it was given here.
+        capture: Folder for episodes: clients may open sessions at /sessions, which record what an agent asks.
         api_key: A key that is let in, for trying things out: others on this machine can read it in the list of
             processes. May be given several times; SHOAL_API_KEYS takes some too, separated by commas.
         keys: File of keys' hashes; by default one under the user's data directory.
         new_key: Make a key of this name, print it once, keep its hash in the file, and leave.
+        verify_receipt: Check the signed receipt of a serving benchmark, print what it says, and leave.
     """
     from shoal.fabric.identity import data_dir
     from shoal.serving import keys as keys_module
 
+    if verify_receipt is not None:
+        print_json(_verified(verify_receipt))
+        return
     path = keys or data_dir() / "serving" / "keys"
     if new_key is not None:
         made = keys_module.add(path, new_key)
@@ -82,12 +95,29 @@ def run(
             note(f"kept as a hash in {path}; this is the only time that the key itself is shown:")
             console().print(made, soft_wrap=True, markup=False)
         return
-    asked = {"host": host, "port": port, "threads": threads, "device": device, "dtype": dtype}
-    asked |= {"context_tokens": context_tokens, "max_sequences": max_sequences}
+    asked: dict[str, Any] = {"host": host, "port": port, "threads": threads, "device": device, "dtype": dtype}
+    asked |= {"context_tokens": context_tokens, "max_sequences": max_sequences, "capture": capture}
+    asked |= {"weights": weights, "adapters": adapter or None, "embedding_model": embedding_model}
     asked |= {"stages": stages, "local_stages": local_stages, "in_flight": in_flight, "stage_host": stage_host}
     found, settings = _settings(model, {key: value for key, value in asked.items() if value is not None})
     admitted = _keys(path, api_key, settings)
     asyncio.run(_serve(found, name or model, settings, admitted, json))
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """What a receipt says, and who signed it; raises `RecordError` where nobody did."""
+    import json
+
+    from shoal.errors import StorageError
+    from shoal.serving.receipt import MAX_RECEIPT_BYTES, verified
+
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_RECEIPT_BYTES + 1)
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read: {error.strerror}.") from None
+    facts = verified(text)
+    return {"node": json.loads(text)["node"], "facts": facts}
 
 
 def _settings(model: str, changes: dict[str, Any]) -> tuple[str, Serving]:
@@ -130,34 +160,16 @@ def _keys(path: Path, given: tuple[str, ...], settings: Serving) -> Keys:
 
 
 async def _serve(model: str, name: str, settings: Serving, keys: Keys, as_json: bool) -> None:
-    from contextlib import AsyncExitStack
-
-    from shoal.engine.local import LocalEngine
     from shoal.engine.source import resolve
     from shoal.rollout.host import model_cache
-    from shoal.serving.api import Api
-    from shoal.serving.pipeline import serving_over
+    from shoal.serving.opening import opened
     from shoal.serving.server import serve
 
     found = await asyncio.to_thread(resolve, model, model_cache(), note)
-    async with AsyncExitStack() as stack:
-        ticket = ""
-        if settings.stages:
-            over = await stack.enter_async_context(serving_over(found, name, settings))
-            api, ticket = Api(over.engine, name, settings), over.ticket
-        else:
-            engine = LocalEngine(
-                found,
-                dtype=settings.dtype,
-                device=settings.device,
-                threads=settings.threads,
-                max_sequences=settings.max_sequences,
-                cache_tokens=settings.cache_tokens,
-                context_tokens=settings.context_tokens,
-                prefill_tokens=settings.prefill_tokens,
-                prefix_tokens=settings.prefix_tokens,
-            )
-            api = Api(engine, name, settings)
+    embedding = None
+    if settings.embedding_model:
+        embedding = await asyncio.to_thread(resolve, settings.embedding_model, model_cache(), note)
+    async with opened(found, name, settings, embedding) as (api, ticket):
 
         def announce(port: int) -> None:
             host = f"[{settings.host}]" if ":" in settings.host else settings.host

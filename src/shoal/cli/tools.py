@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Json
@@ -27,45 +27,58 @@ def need_packages() -> None:
 
 
 @app.command
-def serve(name: str, /, *, root: Path | None = None, port: int | None = None, host: str = "127.0.0.1") -> None:
+def serve(
+    *names: str,
+    root: Path | None = None,
+    search_url: str = "",
+    allow: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    port: int | None = None,
+    host: str = "127.0.0.1",
+) -> None:
     """Serve built-in tools over MCP, on standard input and output or over HTTP.
 
     For example:
 
         shoal tools serve calculator
-        shoal tools serve documents --root ~/papers --port 8200
+        shoal tools serve documents corpus --root ~/papers --port 8200
+        shoal tools serve web --search-url https://searx.example.org
+        shoal tools serve browser --allow example.org --allow 127.0.0.1:8000
 
     Args:
-        name: calculator, python, documents or corpus.
-        root: The folder that documents and corpus read.
+        names: Which; shoal tools list shows them.
+        root: The folder that documents and corpus read and pages writes, or where memory keeps its file.
+        search_url: The search service of web: a SearXNG instance, or an address with {query} in it.
+        allow: A host that browser may reach, or that web may read although it is not public; several times for more.
         port: Serve streamable HTTP there, at /mcp, instead of standard input and output; 0 takes a free one.
         host: A loopback address to listen on: there are no keys.
     """
     import logging
 
     need_packages()
-    from shoal.agents.builtin.catalogue import builtin_tools
-    from shoal.agents.tools.mcp_server import http_app, make_server, serve_stdio
-    from shoal.config import is_loopback
+    from shoal.agents.builtin.catalogue import BUILTIN, Surroundings, builtin_tools
+    from shoal.agents.tools.mcp_server import make_server, serve_stdio
 
+    if not names:
+        raise ConfigError("no tools are named.", f"There are: {', '.join(BUILTIN)}.")
     # Standard output is the protocol's, and what a tool's defect says goes to whoever reads standard error.
     logging.basicConfig(level=logging.WARNING)
-    server = make_server(name, builtin_tools(name, root))
-    if port is None:
-        asyncio.run(serve_stdio(server))
-        return
-    if not is_loopback(host):
-        raise ConfigError(f"on {host} everybody could call these tools.", "Listen on 127.0.0.1.")
-    asyncio.run(_serve_http(http_app(server, host), host, port))
+    given = Surroundings(root, search_url, allow)
+    server = make_server("-".join(names), [tool for name in names for tool in builtin_tools(name, given)])
+    asyncio.run(serve_stdio(server) if port is None else serve_over_http(server, host, port))
 
 
-async def _serve_http(app_: Any, host: str, port: int) -> None:
+async def serve_over_http(server: Any, host: str, port: int, *, progress: bool = False) -> None:
+    """Serve an MCP server over streamable HTTP until Ctrl-C; raises `ConfigError` beyond loopback."""
+    from shoal.agents.tools.mcp_server import http_app
     from shoal.cli.hosting import host as serve_app
+    from shoal.config import is_loopback
     from shoal.serving.server import listen
 
+    if not is_loopback(host):
+        raise ConfigError(f"on {host} everybody could call these tools.", "Listen on 127.0.0.1.")
     listening = listen(host, port)
     note(f"serving at http://{host}:{listening.getsockname()[1]}/mcp; Ctrl-C ends")
-    await serve_app(app_, listening, lifespan=True)
+    await serve_app(http_app(server, host, progress=progress), listening, lifespan=True)
 
 
 @app.command(name="list")

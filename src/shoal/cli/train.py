@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Flag, Json, Overrides
 from shoal.errors import ConfigError, ShoalError
+
+if TYPE_CHECKING:
+    from shoal.config import Config
 
 
 def run(
@@ -34,9 +37,9 @@ def run(
         config: A TOML file, or the name of a shipped configuration.
         workers: Workers to start on this machine, instead of the configuration's workers.count.
         resume: The folder or name of an interrupted run, to continue it.
-        dry_run: Print the resolved configuration and start nothing.
+        dry_run: Print the resolved configuration and the memory it would take, and start nothing; an error where it
+            can't fit this machine.
     """
-    from shoal.cli.config import show
     from shoal.cli.live import LiveView
     from shoal.cli.training import new_run, resumed_run, train
     from shoal.config import load_config
@@ -53,7 +56,7 @@ def run(
         resolved = load_config(config, extra)
         make_environments(resolved)  # settings are checked before anything starts
         if dry_run:
-            show(resolved, json=json)
+            _dry_run(resolved, json=json)
             return
         folder = new_run(resolved, config)
     with LiveView(quiet=json) as view:
@@ -65,6 +68,21 @@ def run(
                 note(f"{how}. Continue with: shoal train --resume {folder.path}")
             raise
     finish(summary, folder.path, json=json, plots=resolved.output.plots)
+
+
+def _dry_run(config: Config, *, json: bool) -> None:
+    from shoal.cli.config import show
+    from shoal.cli.memory_report import lines_of, memory_of, refuse
+
+    memory = memory_of(config)
+    show(config, json=json, memory_gib=memory)
+    if memory is None:
+        note(f"the memory it would take is not known: the sizes of {config.model.name} are not on this machine")
+        return
+    if not json:
+        for line in lines_of(memory):
+            note(line)
+    refuse(memory)
 
 
 def finish(summary: dict[str, Any], path: Any, *, json: bool, plots: bool) -> None:

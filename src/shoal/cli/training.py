@@ -285,7 +285,9 @@ def _children(config: Config, run: RunDir) -> list[tuple[str, list[str]]]:
         arguments = ["worker", ticket, "--name", name, "--threads", str(config.workers.threads)]
         arguments += ["--max-sequences", str(config.workers.max_sequences), "--device", config.workers.device]
         arguments += ["--cache-tokens", str(config.workers.cache_tokens), "--grace", str(LOCAL_GRACE_S)]
+        arguments += ["--prefix-tokens", str(config.workers.prefix_tokens)]
         arguments += ["--identity", str(run.path / "identity" / name), "--local-store", str(run.path / "snapshots")]
+        arguments += ["--allow-programs"]  # they are those that whoever starts this has configured
         found.append((name, arguments))
     return found
 

@@ -28,12 +28,15 @@ def run(
     device: str = "auto",
     max_sequences: int = 64,
     cache_tokens: int = 16384,
+    prefix_tokens: int = 0,
     grace: float = 30.0,
     price: float = 0.0,
     region: str = "",
     identity: Path | None = None,
     local_store: Path | None = None,
     relay: str = "",
+    snapshots_gb: float | None = None,
+    allow_programs: Flag = False,
     engine: Literal["local"] = "local",
     stage: Flag = False,
     stage_host: str = "127.0.0.1",
@@ -58,6 +61,7 @@ def run(
         device: auto, cpu, cuda or cuda:N.
         max_sequences: Sequences sampled at once.
         cache_tokens: Tokens the key-value cache holds, over all sequences.
+        prefix_tokens: Tokens of ended turns kept beside it, for the next turns of their episodes.
         grace: Seconds in which running rollouts may end after Ctrl-C or SIGTERM.
         price: US dollars an hour that this machine costs; told to the run.
         region: Where this machine stands, in your words; told to the run.
@@ -65,6 +69,9 @@ def run(
         local_store: The run's snapshot folder, if it lies on this machine.
         relay: Address of this machine on which other workers may take new weights from it, as 0.0.0.0; then it takes
             them from others as well.
+        snapshots_gb: Most disk that new weights may take, in GB; by default as much as two versions need.
+        allow_programs: Start the agent programs that the run's configuration names (environments of type external),
+            with this user's rights.
         engine: What samples.
         stage: Compute layers for a server instead of sampling for a run.
         stage_host: Address of this machine on which the stage before links to this one.
@@ -91,11 +98,14 @@ def run(
                 "device": device,
                 "max_sequences": max_sequences,
                 "cache_tokens": cache_tokens,
+                "prefix_tokens": prefix_tokens,
                 "price_usd_per_hour": price,
                 "region": region,
                 "identity": identity,
                 "local_store": local_store,
                 "relay_host": relay,
+                "snapshots_gb": snapshots_gb,
+                "allow_programs": allow_programs,
             },
         )
     )
@@ -147,9 +157,9 @@ async def _work(ticket_text: str, grace_s: float, given: dict[str, Any]) -> dict
 
     ticket = Ticket.decode(ticket_text)  # before torch is imported, so that a mistyped one is answered at once
     from shoal.rollout.host import WorkerOptions, worker_identity, working
+    from shoal.serving.sessions_host import hosting
 
-    cache_tokens = given.pop("cache_tokens")
-    options = WorkerOptions(**given, cache_tokens=cache_tokens)
+    options = WorkerOptions(**given)
     with worker_identity(options.identity) as identity:
         async with await Fabric.connect(identity, ticket, options.join_timeout_s) as fabric:
 
@@ -159,7 +169,7 @@ async def _work(ticket_text: str, grace_s: float, given: dict[str, Any]) -> dict
                         f"policy {data['version']} (fetched in {data['fetch_s']:.1f} s, {data['pause_s']:.2f} s pause)"
                     )
 
-            async with working(fabric, ticket, options, progress=note, on_event=on_event) as worker:
+            async with working(fabric, ticket, options, sessions=hosting, progress=note, on_event=on_event) as worker:
                 loop = asyncio.get_running_loop()
                 for number in (signal.SIGINT, signal.SIGTERM):
                     loop.add_signal_handler(number, worker.stop)

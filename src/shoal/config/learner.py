@@ -73,7 +73,7 @@ class GrpoLoss(_ClippedLoss):
     """The ratio of each token is clipped."""
 
     type: Literal["grpo"] = "grpo"
-    """`grpo` or `gspo`."""
+    """`grpo`, `gspo` or `custom`."""
     eps_low: float = Field(default=0.2, gt=0, le=1)
     """The ratio is clipped below at 1 - eps_low."""
     eps_high: float = Field(default=0.2, gt=0)
@@ -86,7 +86,7 @@ class GspoLoss(_ClippedLoss):
     """The ratio of each whole sequence, the geometric mean of its tokens' ratios, is clipped."""
 
     type: Literal["gspo"] = "gspo"
-    """`grpo` or `gspo`."""
+    """`grpo`, `gspo` or `custom`."""
     eps_low: float = Field(default=3e-4, gt=0, le=1)
     """The sequence's ratio is clipped below at 1 - eps_low."""
     eps_high: float = Field(default=4e-4, gt=0)
@@ -95,8 +95,21 @@ class GspoLoss(_ClippedLoss):
     """What the sum over tokens is divided by; `grpo` weighs every sequence alike, as in the paper."""
 
 
+class CustomLoss(_ClippedLoss):
+    """A function of your own gives each token's loss."""
+
+    type: Literal["custom"] = "custom"
+    """`grpo`, `gspo` or `custom`."""
+    function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """`package.module:function`; docs/capture.md says what it takes and gives."""
+    options: dict[str, float] = Field(default_factory=dict)
+    """Handed to the function."""
+    normalisation: Normalisation = "dapo"
+    """What the sum over tokens is divided by, by TRL's names."""
+
+
 Loss = Annotated[
-    GrpoLoss | GspoLoss,
+    GrpoLoss | GspoLoss | CustomLoss,
     Field(discriminator="type"),
     BeforeValidator(default_kind("type", "grpo")),
 ]
@@ -113,11 +126,15 @@ class Lora(Section):
     """Share of the adapter's inputs dropped in training; rollouts never drop any."""
     targets: Strings = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """Names of the linear layers that get an adapter."""
+    publish: Literal["adapters", "merged"] = "adapters"
+    """What workers fetch: the adapters, which they merge into their own base model, or the merged weights."""
 
 
 class _LearnerSection(Section):
     """What all modes share."""
 
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw8bit` keeps AdamW's two moments in 8 bits: a quarter of their memory, steps a little coarser."""
     lr: float = Field(default=1e-5, ge=0, le=1)
     """Peak learning rate of AdamW."""
     betas: Annotated[tuple[DecayRate, DecayRate], Field(strict=False)] = (0.9, 0.999)

@@ -19,6 +19,7 @@ from shoal.config.sections import (
     Rollout,
     Run,
     Serving,
+    Trust,
     Workers,
 )
 
@@ -48,6 +49,8 @@ class Config(Section):
     """Who works, and when."""
     budget: Budget = Budget()
     """What the run may cost."""
+    trust: Trust = Trust()
+    """How often what workers hand in is checked."""
     serving: Serving = Serving()
     """The OpenAI-compatible server."""
     output: Output = Output()

@@ -7,7 +7,7 @@ sections is checked by `Config` itself.
 from __future__ import annotations
 
 import ipaddress
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -15,6 +15,8 @@ from shoal.config.base import Device, Section, Strings
 
 MAX_SEED = 2**63 - 1
 """Seeds travel as signed 64-bit integers."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Run(Section):
@@ -70,7 +72,15 @@ class Rollout(Section):
     """A worker that shows no progress on a lease for this long loses it to another."""
     lookahead_groups: int | None = Field(default=None, ge=1)
     """How far the learner looks past the oldest fresh group for a finished one; absent: twice `groups_per_step`."""
-
+    dynamic_sampling: bool = False
+    """Leave groups whose rewards are all equal out of the batches, and draw others in their place."""
+    resample_limit: float = Field(default=4.0, gt=0, le=1000)
+    """Batches' worth of such groups in a row, after which one is taken after all."""
+    pass_rate: Annotated[tuple[Share, Share], Field(strict=False)] = (0.0, 1.0)
+    """Pass over tasks whose mean reward, as far as it was seen, lies outside of this range."""
+    on_swap: Literal["keep", "recompute", "finish"] = "keep"
+    """What becomes of completions under way when new weights are put in place: they go on with the cache that they
+    have (`keep`), with a cache computed again under the new weights (`recompute`), or end first (`finish`)."""
     shuffle_rewards: bool = False
     """Permute each batch's rewards before training: the control run, which must not learn."""
 
@@ -78,6 +88,12 @@ class Rollout(Section):
     def window_groups(self) -> int:
         """`lookahead_groups` with its default filled in."""
         return self.lookahead_groups if self.lookahead_groups is not None else 2 * self.groups_per_step
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> Self:
+        if self.pass_rate[0] >= self.pass_rate[1]:
+            raise ValueError(f"pass_rate = {list(self.pass_rate)} is [lowest, highest], and holds nothing")
+        return self
 
     @model_validator(mode="after")
     def _window_holds_a_batch(self) -> Self:
@@ -100,6 +116,9 @@ class Workers(Section):
     """Sequences that one worker samples at once."""
     cache_tokens: int = Field(default=16384, ge=16)
     """Tokens that one worker's key-value cache holds, over all its sequences."""
+    prefix_tokens: int = Field(default=0, ge=0)
+    """Tokens of ended turns kept beside the cache, so that the next turn of an episode computes only what
+    is new. For environments of several turns; 0 keeps none."""
     device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
 
@@ -195,6 +214,23 @@ class Budget(Section):
     """Price of what is sent to workers elsewhere."""
 
 
+class Trust(Section):
+    """`[trust]`: how often what workers hand in is checked against the policy's weights and the leased seed."""
+
+    check: bool = True
+    """Check workers that joined from outside; leases, limits and rewards are checked in any case."""
+    own: bool = False
+    """Check the workers that the run starts itself, too."""
+    probation: int = Field(default=64, ge=0)
+    """A new worker's episodes are all checked, and train nothing before, until so many have passed."""
+    sample: float = Field(default=0.1, ge=0, le=1)
+    """Share of a trusted worker's groups that is checked; they count at once."""
+    learner_share: float = Field(default=0.1, ge=0, le=1)
+    """The most that checks may add to the learner's steps, as a share of their time; what it idles costs nothing."""
+    tolerance: float = Field(default=1.0, gt=0, le=100)
+    """Widens what an honest worker may differ by, where its hardware rounds otherwise than any that was measured."""
+
+
 class Serving(Section):
     """`[serving]`: the OpenAI-compatible server, `shoal serve`."""
 
@@ -208,6 +244,12 @@ class Serving(Section):
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Number format of the weights."""
+    weights: Literal["full", "int8"] = "full"
+    """`int8`: keep the layers' weights in 8 bits, on a CPU: less memory, other answers (docs/serving.md)."""
+    adapters: Strings = Field(default=(), max_length=64)
+    """LoRA adapters, each as NAME=FOLDER; clients ask for MODEL:NAME. Not over stages."""
+    embedding_model: str = ""
+    """A second model, which answers /v1/embeddings; empty: none."""
     context_tokens: int = Field(default=8192, ge=16, le=1 << 20)
     """Longest sequence, prompt and completion together; the model's own limit holds as well."""
     max_sequences: int = Field(default=64, ge=1, le=65536)
@@ -228,6 +270,16 @@ class Serving(Section):
     """Longest time that one request may take, its wait included."""
     drain_s: float = Field(default=30.0, ge=0)
     """How long requests may still run once the server has been told to end."""
+    capture: str = ""
+    """Folder for the episodes of capture sessions; empty: no session can be opened."""
+    capture_life_s: float = Field(default=3600.0, gt=0)
+    """A session that has no reward by then is closed, and its episode void."""
+    capture_sessions: int = Field(default=256, ge=1, le=65536)
+    """Sessions open at once."""
+    capture_tokens: int = Field(default=2**20, ge=16, le=2**24)
+    """Tokens that one session records."""
+    capture_redact: Strings = Field(default=(), max_length=64)
+    """Regular expressions: a branch of an episode in which one of them is found is not kept."""
     stages: int = Field(default=0, ge=0, le=64)
     """Processes that share the model's layers; 0: this one has them all."""
     local_stages: int | None = Field(default=None, ge=0, le=64)
@@ -248,6 +300,9 @@ class Output(Section):
     """Write every consumed episode, readable, to `episodes/`."""
     plots: bool = True
     """Draw the report's plots."""
+    snapshots_gb: float | None = Field(default=None, gt=0)
+    """What published versions may take on the learner's disk; before they would take more, all but the newest are
+    dropped. Absent: no limit but the versions kept."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Send the metrics to a tracker as well; its package must be installed."""
 

@@ -1,7 +1,8 @@
 """The run's decisions: who acts on what, what is accepted, which batch comes next, when the run is over.
 
     lease()  ──▶ evaluation first, then a group that admission lets start
-    submit() ──▶ verified ──▶ whole groups to the queue, answers to the evaluation
+    submit() ──▶ verified ──▶ whole groups to the queue, answers to the evaluation; some are held until they are checked
+    checked() ─▶ what the learner found of them: counted or lost, and its worker may be excluded (`trust`)
     batch()  ──▶ the step's batch, formed once (sweep inside), handed out as often as asked
     provisioning    told of all of it: says when a group may start, who is parked, what it costs
     stepped() ─▶ the version rises; a published manifest raises what workers are asked for
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +29,22 @@ from shoal.config import Config
 from shoal.coordinator.consumption import Consumption
 from shoal.coordinator.draining import USUAL_S, Drain
 from shoal.coordinator.evaluation import EvalRound, Evaluations
+from shoal.coordinator.filtering import Filtering
 from shoal.coordinator.journal import Journal
+from shoal.coordinator.leasing import eval_lease, train_lease
+from shoal.coordinator.pauses import Pauses
 from shoal.coordinator.provisioning import Provisioning
 from shoal.coordinator.rundir import RunDir
 from shoal.coordinator.tasks import TaskSource
-from shoal.coordinator.verification import Limits, mismatch, rescored
+from shoal.coordinator.trust import HOLD_S, Trust, Verdict, claims_of
+from shoal.coordinator.verification import Limits
+from shoal.coordinator.verification import verdicts as verdicts_of
 from shoal.envs.base import Environment
 from shoal.errors import RunError, ShoalError
 from shoal.planning.leases import LeaseBook
 from shoal.planning.queue import GroupQueue
 from shoal.protocol.codec import to_json
 from shoal.protocol.episode import Episode
-from shoal.protocol.sampling import SamplingParams
 from shoal.protocol.status import NodeState
 from shoal.protocol.work import BatchReply, Lease, LeaseReply, StepReport, Submission
 
@@ -49,12 +54,6 @@ WAIT_S, MIN_WAIT_S = 0.25, 0.02
 MAX_VOID_ATTEMPTS = 8
 """A group whose rollouts were void this often shows a broken environment or worker image, not bad luck."""
 
-FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 4.0
-"""A worker whose leases bring nothing waits this long after the first, twice as long after each further one."""
-
-EVAL_PROGRESS_FACTOR = 4
-"""An evaluation's lease may be silent this many times longer: it is larger, and nothing waits but people."""
-
 
 @dataclass
 class _Leased:
@@ -63,6 +62,8 @@ class _Leased:
     lease: Lease
     number: int | None
     round: EvalRound | None
+    episodes: tuple[Episode, ...] = ()
+    """What was handed in and is held until it is checked."""
 
 
 class Control:
@@ -79,7 +80,8 @@ class Control:
         self._envs = environments
         self._run = run
         self._limits = Limits(config.model.context_tokens, vocab_size)
-        self._tasks = TaskSource(config, environments)
+        self.filtering = Filtering(config, run)
+        self._tasks = TaskSource(config, environments, self.filtering.wants)
         self._journal = Journal(run)
         self.book = LeaseBook()
         self.queue = GroupQueue(
@@ -98,8 +100,10 @@ class Control:
             self.lost["interrupted"] += interrupted
         self._leased: dict[str, _Leased] = {}
         self._void_attempts = Counter[int]()
-        self._pauses: dict[str, tuple[int, float]] = {}
-        """Of nodes whose last leases brought nothing: how many in a row, and until when they wait."""
+        self._pauses = Pauses()
+        self.trust = Trust(config.trust, config.model.dtype)
+        self._made_by: dict[int, str] = {}
+        """Buffered groups of workers that are checked: number -> who handed it in."""
         self.name_of: Callable[[str], str] = str
         """What people call a node, by its id."""
         self.consumption = Consumption(run)
@@ -131,7 +135,7 @@ class Control:
             return LeaseReply(ended=True, newest_version=newest)
         lease = None
         kept = self.published < 0 or node_id in self.provisioning.parked or self.drain is not None
-        if not kept and now >= self._pauses.get(node_id, (0, now))[1]:
+        if not kept and not self._pauses.waits(node_id, now)[1] and self.trust.may_lease(node_id, now):
             lease = self._eval_lease(node_id, free_slots, now) or self._train_lease(node_id, free_slots, now)
         opens_s = self.provisioning.opens_in(self.queue, now)
         wait_s = min(max(opens_s, MIN_WAIT_S), WAIT_S) if opens_s > 0 else WAIT_S
@@ -143,27 +147,14 @@ class Control:
             indices = round_.lease(lease_id, free_slots)
             if not indices:
                 continue
-            lease = Lease(
-                id=lease_id,
-                kind="eval",
-                group=lease_id,
-                tasks=tuple(round_.tasks[i] for i in indices),
-                seeds=tuple(indices),
-                params=SamplingParams(
-                    max_tokens=self.config.eval.max_tokens, temperature=0.0, stop=self.config.rollout.stop
-                ),
-                min_version=round_.version,
-                exact_version=True,
-                duration_s=self.config.rollout.lease_timeout_s * EVAL_PROGRESS_FACTOR,
-            )
+            lease = eval_lease(self.config, lease_id, round_, indices)
             self._leased[lease_id] = _Leased(lease, None, round_)
             self.book.grant(lease_id, node_id, len(indices), lease.duration_s, now)
             return lease
         return None
 
     def _train_lease(self, node_id: str, free_slots: int, now: float) -> Lease | None:
-        rollout, learner = self.config.rollout, self.config.learner
-        size = rollout.group_size
+        size = self.config.rollout.group_size
         if free_slots < size or self.steps_done or not self.provisioning.admits(self.queue, now):
             return None
         started = self.provisioning.start(self.queue, node_id, self.published)
@@ -172,17 +163,7 @@ class Control:
         number, version = started
         self._journal.note("start", number)
         lease_id = f"g{number}.{secrets.token_hex(4)}"
-        lease = Lease(
-            id=lease_id,
-            kind="train",
-            group=f"g{number}",
-            tasks=(self._tasks.group(number),) * size,
-            seeds=self._tasks.seeds(number, size),
-            params=SamplingParams(max_tokens=rollout.max_tokens, temperature=rollout.temperature, stop=rollout.stop),
-            min_version=version,
-            exact_version=learner.mode != "async",
-            duration_s=rollout.lease_timeout_s,
-        )
+        lease = train_lease(self.config, lease_id, self._tasks, number, version)
         self._leased[lease_id] = _Leased(lease, number, None)
         self.book.grant(lease_id, node_id, size, lease.duration_s, now)
         self.provisioning.started(lease_id, node_id, now)
@@ -198,56 +179,104 @@ class Control:
         holding = self.book.running.get(submission.lease)
         if held is None or holding is None or holding.node_id != node_id:
             return self._untimely(submission)
-        verdicts, problems = await self._verdicts(held.lease, submission.episodes, node_id)
-        if self.book.running.get(submission.lease) is not holding:
-            return self._untimely(submission)  # it ended while it was being checked
-        del self._leased[submission.lease]
+        if held.episodes:
+            return {e.id: "checking" for e in submission.episodes}
+        judged = await verdicts_of(held.lease, submission.episodes, node_id, self.published, self._limits, self._envs)
+        verdicts = [verdict for verdict, _ in judged]
+        problems = [played.problem for _, played in judged if played.problem]
+        if self.book.running.get(submission.lease) is not holding or held.episodes:
+            return self._untimely(submission)  # it ended, or came a second time, while it was being checked
+        size = len(held.lease.tasks)
+        whole = len(verdicts) == size and all(v == "accepted" for v in verdicts)
+        self.provisioning.ended(submission.lease, now, accepted=whole)
+        self._note_problems(node_id, problems)
+        plan = self.trust.plan(node_id, size, now) if held.number is not None and whole else "count"
+        if plan != "count":
+            claims = claims_of(held.lease, submission.episodes, [played for _, played in judged])
+            self.trust.claim(submission.lease, node_id, claims, held=plan == "hold")
+        if plan == "hold":
+            held.episodes = submission.episodes
+            self.book.hold(submission.lease, now, HOLD_S)
+            self._pauses.ended(node_id, fruitful=True, now=now)
+            return {e.id: "checking" for e in submission.episodes}
+        if "rejected" in verdicts and self.trust.misbehaved(node_id, now):
+            self._exclude(node_id, _first(problems), now)
+        if self.book.running.get(submission.lease) is holding:
+            verdicts = self._conclude(submission.lease, held, node_id, submission.episodes, verdicts, problems, now)
+        return dict(zip((e.id for e in submission.episodes), verdicts, strict=False))
+
+    def _conclude(
+        self,
+        lease_id: str,
+        held: _Leased,
+        node_id: str,
+        episodes: tuple[Episode, ...],
+        verdicts: list[str],
+        problems: list[str],
+        now: float,
+    ) -> list[str]:
+        """End a lease by its verdicts; gives them as they came to be."""
+        del self._leased[lease_id]
         size = len(held.lease.tasks)
         whole = len(verdicts) == size and all(v == "accepted" for v in verdicts)
         if held.number is not None and not whole:
             # Groups stay whole: what was fine in an incomplete group is void with it, and the group is leased again.
             verdicts = ["void" if v == "accepted" else v for v in verdicts]
-        self._close(submission.lease, node_id, verdicts, size)
-        self.provisioning.ended(submission.lease, now, accepted=whole)
-        self._note_problems(node_id, problems)
-        self._pause(node_id, fruitful="accepted" in verdicts, now=now)
+        self._close(lease_id, node_id, verdicts, size)
+        self._pauses.ended(node_id, fruitful="accepted" in verdicts, now=now)
         if held.round is not None:
-            answers = [e if v == "accepted" else None for e, v in zip(submission.episodes, verdicts, strict=False)]
+            answers = [e if v == "accepted" else None for e, v in zip(episodes, verdicts, strict=False)]
             answers += [None] * (size - len(answers))
-            self._answered(held.round, submission.lease, answers, _first(problems))
+            self._answered(held.round, lease_id, answers, _first(problems))
         elif held.number is not None and whole:
-            oldest = min(e.version for e in submission.episodes)
-            self._journal.accept(held.number, oldest, submission.episodes)
+            oldest = min(e.version for e in episodes)
+            self._journal.accept(held.number, oldest, episodes)
             self.queue.finish(held.number, oldest)
+            if not self.filtering.keeps(episodes):
+                self._journal.sweep(self.queue.discard([held.number]))
+            self.trust.counted(node_id, size)
+            if self.trust.is_checked(node_id):
+                self._made_by[held.number] = node_id
         elif held.number is not None:
             self._lose(held.number, "rejected" if "rejected" in verdicts else "void")
-            self._count_void(held.number, problems)
-        return dict(zip((e.id for e in submission.episodes), verdicts, strict=False))
+            if "rejected" not in verdicts or not self.trust.is_checked(node_id):
+                self._count_void(held.number, problems)
+        return verdicts
+
+    def checked(self, verdicts: Iterable[Verdict], now: float) -> None:
+        """What became of groups that the learner has checked."""
+        for verdict in verdicts:
+            node_id, reasons = verdict.node_id, verdict.reasons
+            if reasons:
+                self._note_problems(node_id, list(reasons.values()))
+            if verdict.held:
+                held = self._leased[verdict.lease_id]
+                good = "void" if verdict.gone else "accepted"
+                each = ["rejected" if e.id in reasons else good for e in held.episodes]
+                problems = [*reasons.values()] or ["its version is not kept any more"]
+                self._conclude(verdict.lease_id, held, node_id, held.episodes, each, problems, now)
+            if verdict.excludes:
+                self._exclude(node_id, _first(list(reasons.values())), now)
+
+    def _exclude(self, node_id: str, reason: str, now: float) -> None:
+        """A worker's record is too bad: what it holds ends, and nothing of it trains the policy from here on."""
+        self._run.event("worker.excluded", node_id, reason=reason[:500], **self.trust.account(node_id))
+        for lease_id in self.trust.held_of(node_id):
+            held = self._leased[lease_id]
+            self.trust.forget(lease_id)
+            self._conclude(lease_id, held, node_id, (), ["void"] * len(held.lease.tasks), [reason], now)
+        self.provisioning.left(node_id)
+        for holding in self.book.void_node(node_id):
+            self._run.event("lease.void", node_id, lease=holding.lease_id, reason="excluded")
+            self._release(holding.lease_id, "excluded")
+        gone = self.queue.discard(number for number, maker in self._made_by.items() if maker == node_id)
+        self._journal.sweep(gone)
+        if gone:
+            self._run.event("rollout.swept", groups=len(gone), step=self.version, reason="excluded")
 
     def _untimely(self, submission: Submission) -> dict[str, str]:
         how = self.book.ended.get(submission.lease, "unknown")
         return {e.id: "duplicate" if how == "finished" else "late" for e in submission.episodes}
-
-    async def _verdicts(self, lease: Lease, episodes: tuple[Episode, ...], node_id: str) -> tuple[list[str], list[str]]:
-        verdicts, problems = [], []
-        for index, episode in enumerate(episodes[: len(lease.tasks)]):
-            if episode.outcome == "void":
-                verdicts.append("void")
-                problems.append(episode.void_reason)
-                continue
-            problem = mismatch(episode, lease, index, node_id, self.published, self._limits)
-            problem = problem or await rescored(episode, self._envs[episode.task.env])
-            verdicts.append("rejected" if problem else "accepted")
-            if problem:
-                problems.append(problem)
-        return verdicts, problems
-
-    def _pause(self, node_id: str, *, fruitful: bool, now: float) -> None:
-        if fruitful:
-            self._pauses.pop(node_id, None)
-            return
-        attempts = self._pauses.get(node_id, (0, now))[0] + 1
-        self._pauses[node_id] = (attempts, now + min(FIRST_PAUSE_S * 2 ** min(attempts - 1, 8), MAX_PAUSE_S))
 
     def why_idle(self, node_id: str, now: float) -> tuple[NodeState, str]:
         """Why a node without a lease has none."""
@@ -257,9 +286,11 @@ class Control:
             return "parked", "others give the learner what it needs for less"
         if self.drain is not None:
             return "parked", self.drain.reason
-        attempts, until = self._pauses.get(node_id, (0, now))
-        if now < until:
-            return "parked", f"its last {attempts} leases brought nothing; it may ask again in {until - now:.0f} s"
+        if not self.trust.may_lease(node_id, now):
+            return "parked", self.trust.why_not(node_id, now)
+        attempts, wait_s = self._pauses.waits(node_id, now)
+        if wait_s:
+            return "parked", f"its last {attempts} leases brought nothing; it may ask again in {wait_s:.0f} s"
         if self.steps_done:
             return "idle", "the last step is done"
         if self.queue.pending:
@@ -319,6 +350,7 @@ class Control:
 
     def _release(self, lease_id: str, reason: str) -> None:
         held = self._leased.pop(lease_id)
+        self.trust.forget(lease_id)
         if held.round is not None:
             held.round.lost(lease_id)
         elif held.number is not None:
@@ -365,6 +397,7 @@ class Control:
             self._run.event("rollout.swept", groups=len(swept), step=version)
         if numbers is None:
             return None
+        self.filtering.save()
         control = self.config.run.seed if self.config.rollout.shuffle_rewards else None
         return self._journal.form_batch(version, numbers, shuffle_seed=control)
 

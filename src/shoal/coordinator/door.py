@@ -84,6 +84,7 @@ class Door:
             envs={name: {"type": e.type, "settings": e.settings} for name, e in self._config.envs.items()},
             context_tokens=self._config.model.context_tokens,
             heartbeat_s=min(HEARTBEAT_S, self._config.rollout.lease_timeout_s / BEATS_PER_LEASE),
+            on_swap=self._config.rollout.on_swap,
         )
         reply = JoinReply(
             accepted=True,

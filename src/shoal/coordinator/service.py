@@ -2,7 +2,7 @@
 
     run/join              anyone who proves an invitation's secret (`admission`)
     run/lease, heartbeat, submit          nodes granted `worker`          run/leave           nodes that have joined
-    run/batch, step                       nodes granted `learner`         run/ticket, revoke  the run's owner
+    run/batch, step, audit                nodes granted `learner`         run/ticket, revoke  the run's owner
     run/status (`status`)                 whoever is granted anything
 
 A colocated learner is granted both roles. The owner is who holds the coordinator's own key, which lies in the run's
@@ -37,6 +37,7 @@ from shoal.planning.activation import Offer
 from shoal.protocol.codec import Record, decode, encode
 from shoal.protocol.roster import NodeRecord, SwarmRole
 from shoal.protocol.snapshot import SignedManifest
+from shoal.protocol.trust import AuditReply, AuditRequest
 from shoal.protocol.work import (
     Ack,
     BatchRequest,
@@ -81,7 +82,7 @@ class Coordinator:
         self.door: Door
         """The coordinator's part in the swarm, with its roster, and its door: from `start` on."""
         self.nodes: dict[str, Node] = {}
-        control.name_of = self._name_of
+        control.name_of = self.name_of
         self._fabric = fabric
         self.watch = Watch(control, self.nodes, fabric, admission.root.node_id, run.name, self._may_look)
         """How every node is."""
@@ -114,12 +115,14 @@ class Coordinator:
         await serve("lease", self._lease, role="worker")
         await serve("heartbeat", self._heartbeat, 2**20, role="worker")
         await serve("submit", self._submit, MAX_SUBMISSION_BYTES, role="worker", concurrency=4)
+        await serve("audit", self._audit, MAX_MANIFEST_BYTES, role="learner")
         await serve("leave", self._leave)
         await serve("batch", self._batch, role="learner")
         await serve("step", self._step, MAX_MANIFEST_BYTES, role="learner")
         await serve("ticket", self.door.ticket, allow=self._is_owner)
         await serve("revoke", self.door.revoke, allow=self._is_owner)
         self.watch.price_of = self._price_of
+        self.control.trust.is_own, self.control.trust.device_of = self._is_own, self._device_of
         clockwork = (self._tick(), self._watch(), self.watch.run())
         self._tasks = [asyncio.create_task(part) for part in clockwork]
 
@@ -198,7 +201,9 @@ class Coordinator:
     async def _heartbeat(self, request: Request) -> bytes:
         beat = _read(request, Heartbeat)
         node = self._seen(request.sender)
-        node.version, node.tokens_per_s = beat.version, beat.tokens_per_s
+        node.version, node.tokens_per_s, node.fetching = beat.version, beat.tokens_per_s, beat.fetching
+        for arrived in beat.arrived:
+            self.run.event("snapshot.arrived", request.sender, **node.came(arrived, self.name_of))
         now = time.monotonic()
         self.control.provisioning.holds(request.sender, beat.version, now)
         gone = self.control.heartbeat(request.sender, beat.leases, now)
@@ -250,6 +255,20 @@ class Coordinator:
                     async with asyncio.timeout_at(deadline):
                         await self._changed.wait()
 
+    async def _audit(self, request: Request) -> bytes:
+        asked = decode(request.body, AuditRequest, max_bytes=MAX_MANIFEST_BYTES)
+        trust = self.control.trust
+        self.control.checked(trust.found(asked.findings, time.monotonic()), time.monotonic())
+        await self._notify()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + POLL_S
+        while not (claims := trust.take()) and not self.control.ended and loop.time() < deadline:
+            async with self._changed:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout_at(deadline):
+                        await self._changed.wait()
+        return encode(AuditReply(claims=claims, ended=self.control.ended))
+
     async def _step(self, request: Request) -> bytes:
         report = decode(request.body, StepReport, max_bytes=MAX_MANIFEST_BYTES)
         if report.manifest is not None:
@@ -271,7 +290,8 @@ class Coordinator:
             "expired": book.counts["expired"],
             "rollout_tokens_per_s": sum(n.tokens_per_s for n in self.workers()),
             **provisioning.facts(now),
-            **{f"rate/{self._name_of(node_id)}": rate for node_id, rate in provisioning.rates().items()},
+            **self.control.trust.facts(),
+            **{f"rate/{self.name_of(node_id)}": rate for node_id, rate in provisioning.rates().items()},
         }
         self.control.stepped(report, extra)
         if report.manifest is not None:
@@ -308,14 +328,14 @@ class Coordinator:
         before = provisioning.parked
         if provisioning.see(offers, now):
             for node_id in provisioning.parked - before:
-                self.run.event("worker.parked", node_id, name=self._name_of(node_id))
+                self.run.event("worker.parked", node_id, name=self.name_of(node_id))
             for node_id in before - provisioning.parked:
-                self.run.event("worker.activated", node_id, name=self._name_of(node_id))
+                self.run.event("worker.activated", node_id, name=self.name_of(node_id))
         if provisioning.missing_rate > 0 and self.control.drain is None:
             rate = provisioning.pacer.rate * self.config.rollout.group_size
             self._hooks.acquire(rate, provisioning.missing_rate, now)
         for node_id in provisioning.to_release(now):
-            self._hooks.release(node_id, self._name_of(node_id))
+            self._hooks.release(node_id, self.name_of(node_id))
 
     async def _watch(self) -> None:
         async with self._fabric.watch_alive() as changes:
@@ -333,9 +353,19 @@ class Coordinator:
 
     # Views
 
-    def _name_of(self, node_id: str) -> str:
+    def name_of(self, node_id: str) -> str:
         node = self.nodes.get(node_id)
         return node.name if node is not None else node_id
+
+    def _is_own(self, node_id: str) -> bool:
+        """Whether a node joined with the ticket that the run made for its own processes: it alone admits a learner."""
+        node = self.nodes.get(node_id)
+        used = self.admission.invites.used_by(node.public_key) if node is not None else []
+        return any("learner" in invite.roles for invite in used)
+
+    def _device_of(self, node_id: str) -> str:
+        node = self.nodes.get(node_id)
+        return node.device if node is not None else ""
 
     def _price_of(self, node_id: str) -> float:
         known = self.member.node(node_id)

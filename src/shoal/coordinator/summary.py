@@ -95,4 +95,6 @@ def _counts(control: Control) -> dict[str, int]:
     counts: Counter[str] = Counter(control.book.counts)
     counts["consumed_groups"] = control.queue.counts["consumed"]
     counts["swept_groups"] = control.queue.counts["swept"]
+    if control.filtering.is_on:
+        counts["filtered_groups"] = control.filtering.num_left_out  # of those that were swept
     return dict(counts)

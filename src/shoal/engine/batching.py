@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ from shoal.protocol.sampling import Completion, FinishReason, SampleRequest, Sam
 PREFILL_TOKENS = 8192
 """Padded prompt tokens admitted together and computed in one step, unless the engine is told otherwise: for rollouts,
 whose prompts are short. A server takes far fewer, so that those who are alive are not kept waiting."""
+
+Key = tuple[str, tuple[int, ...]]
+"""Of a prompt: whose adapter, and its ids (`Sequence.key`)."""
 
 
 class Batcher:
@@ -61,6 +64,8 @@ class Batcher:
         self.waiting: deque[Sequence] = deque()
         self.live: list[Sequence] = []
         self._wave: Wave | None = None
+        self.held_swap: Callable[[], None] | None = None
+        """Puts new weights in place once nothing is alive (`swapping`); nothing is admitted before."""
         self.tokens_drawn = 0
         self.prompt_tokens = 0
         self.reused_tokens = 0
@@ -92,7 +97,10 @@ class Batcher:
     def step(self) -> bool:
         """One round of work; False when there was nothing to do."""
         self._drop_cancelled()
-        drew = self._wave is None and self._admit()
+        if self.held_swap is not None and not self.live and self._wave is None:
+            held_swap, self.held_swap = self.held_swap, None
+            held_swap()
+        drew = self._wave is None and self.held_swap is None and self._admit()
         filling = self._wave is not None
         if filling:
             self._fill()
@@ -128,7 +136,7 @@ class Batcher:
         joined: list[Sequence] = []
         held: list[Sequence] = []
         known = self._known_prompts()
-        new: dict[tuple[int, ...], Sequence] = {}
+        new: dict[Key, Sequence] = {}
         tokens = max((s.most_tokens for s in self.live), default=0)
         widest = 0
         while self.waiting:
@@ -139,32 +147,32 @@ class Batcher:
             tokens = max(tokens, candidate.most_tokens)
             if not self.cache.fits(len(self.live) + len(joined) + 1, tokens):
                 break
-            if candidate.prompt not in known and candidate.prompt not in new:
+            if candidate.key not in known and candidate.key not in new:
                 widest = max(widest, candidate.prompt_length)
                 if joined and (len(new) + 1) * widest > self.prefill_tokens:
                     break
-                new[candidate.prompt] = candidate
+                new[candidate.key] = candidate
             joined.append(self.waiting.popleft())
         self.waiting.extendleft(reversed(held))
-        late = [s for s in joined if s.prompt in known]
+        late = [s for s in joined if s.key in known]
         if late:
             self._join_late(late, known)
         if new:
-            followers = [s for s in joined if s.prompt in new and new[s.prompt] is not s]
+            followers = [s for s in joined if s.key in new and new[s.key] is not s]
             self._wave = Wave(list(new.values()), followers, base=len(self.live))
         return bool(late)
 
-    def _known_prompts(self) -> dict[tuple[int, ...], int]:
+    def _known_prompts(self) -> dict[Key, int]:
         """Prompts in the cache that were computed with the weights in place -> a slot that holds them."""
-        return {s.prompt: slot for slot, s in enumerate(self.live) if s.prompt_version == self.version}
+        return {s.key: slot for slot, s in enumerate(self.live) if s.prompt_version == self.version}
 
-    def _join_late(self, late: list[Sequence], known: Mapping[tuple[int, ...], int]) -> None:
+    def _join_late(self, late: list[Sequence], known: Mapping[Key, int]) -> None:
         """Sequences whose prompt a live one has already."""
         filled = len(self.live)
         self.live += late
         self.cache.reserve(len(self.live), max(s.length for s in self.live), filled)
         for slot, sequence in enumerate(late, start=filled):
-            self._share(known[sequence.prompt], slot, sequence)
+            self._share(known[sequence.key], slot, sequence)
         self._draw_first(late)
 
     def _share(self, source: int, slot: int, sequence: Sequence) -> None:
@@ -212,23 +220,25 @@ class Batcher:
             return 0, 0
         ids = sequence.prompt[:-1]
         best: tuple[Tensor | int, int] = (0, 0)
-        if (found := self.prefixes.find(ids)) is not None:
+        if (found := self.prefixes.find(ids, sequence.space)) is not None:
             best = found[0].state, found[1]
         for slot, other in enumerate(self.live):
-            if other.prompt_version == self.version and (length := shared(other.prompt, ids)) > best[1]:
+            if other.prompt_version != self.version or other.space != sequence.space:
+                continue
+            if (length := shared(other.prompt, ids)) > best[1]:
                 best = slot, length
         return best
 
     def _join(self, wave: Wave) -> None:
         """Let a wave's members live: leaders close the gap that others left meanwhile, followers get their copies."""
-        rows: dict[tuple[int, ...], int] = {}
+        rows: dict[Key, int] = {}
         gone = {s for s in wave.members if s.cancelled}  # looked at once: callers cancel from other threads
         followers = [s for s in wave.followers if s not in gone]
         joined: list[Sequence] = []
         for source, leader in enumerate(wave.leaders, start=wave.base):
             heir = leader
             if leader in gone:
-                found = next((s for s in followers if s.prompt == leader.prompt), None)
+                found = next((s for s in followers if s.key == leader.key), None)
                 if found is None:
                     continue
                 followers.remove(found)
@@ -237,12 +247,12 @@ class Batcher:
             if slot != source:
                 self.cache.copy(source, slot, heir.prompt_length)
             heir.prompt_version = wave.version
-            rows[heir.prompt] = slot
+            rows[heir.key] = slot
             self.live.append(heir)
             joined.append(heir)
         for follower in followers:
             self.live.append(follower)
-            self._share(rows[follower.prompt], len(self.live) - 1, follower)
+            self._share(rows[follower.key], len(self.live) - 1, follower)
             joined.append(follower)
         for sequence in gone:
             self._finish(sequence, "cancelled")
@@ -251,15 +261,15 @@ class Batcher:
 
     def _draw_first(self, members: list[Sequence]) -> None:
         """The token after the prompt; the head runs once for those that share one."""
-        row_of: dict[tuple[int, ...], int] = {}
+        row_of: dict[Key, int] = {}
         hidden: list[Tensor] = []
         for sequence in members:
-            if sequence.prompt not in row_of:
+            if sequence.key not in row_of:
                 assert sequence.prompt_hidden is not None
-                row_of[sequence.prompt] = len(hidden)
+                row_of[sequence.key] = len(hidden)
                 hidden.append(sequence.prompt_hidden)
         logits = self.model.logits(torch.stack(hidden))
-        self._draw(members, logits[[row_of[s.prompt] for s in members]])
+        self._draw(members, logits[[row_of[s.key] for s in members]])
 
     def _decode(self) -> None:
         """One token for every live sequence."""
@@ -272,7 +282,8 @@ class Batcher:
             longest = max(max(lengths) + 1, wave.longest)
             self.cache.reserve(wave.num_slots, longest, filled=wave.base + len(wave.leaders))
         ids = torch.tensor([[s.ids[-1]] for s in self.live], device=device)
-        hidden = self.model.forward(ids, torch.tensor(lengths, device=device), self.cache)
+        adapters = [s.adapter for s in self.live]
+        hidden = self.model.forward(ids, torch.tensor(lengths, device=device), self.cache, adapters=adapters)
         self._draw(list(self.live), self.model.logits(hidden[:, 0]))
 
     def _draw(self, members: list[Sequence], logits: Tensor) -> None:
@@ -333,8 +344,8 @@ class Batcher:
         if self.prefixes is None or {sequence.prompt_version, *sequence.versions} != {self.version}:
             return
         ids = (*sequence.prompt, *sequence.ids)[: sequence.length]
-        if self.prefixes.wants(ids, self.cache.token_bytes):
-            self.prefixes.add(ids, self.cache.take(slot, len(ids)))
+        if self.prefixes.wants(ids, self.cache.token_bytes, sequence.space):
+            self.prefixes.add(ids, self.cache.take(slot, len(ids)), sequence.space)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.on_done(

@@ -50,6 +50,16 @@ class Linear:
         self._weight = torch.empty(0) if self._packs else torch.empty(rows, columns, dtype=dtype, device=device)
         self._bias = torch.empty(rows, dtype=dtype, device=device) if bias else None
 
+    @property
+    def parts(self) -> Mapping[str, int]:
+        """Checkpoint names and their rows, in order."""
+        return self._parts
+
+    @property
+    def columns(self) -> int:
+        """Width of the input."""
+        return self._columns
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The checkpoint tensors that `load` takes."""
         found: dict[str, tuple[int, ...]] = {
@@ -64,14 +74,18 @@ class Linear:
         plain = (
             torch.empty(sum(self._parts.values()), self._columns, dtype=self._dtype) if self._packs else self._weight
         )
+        self._gather(tensors, prefix, plain)
+        if self._packs:
+            self._weight = torch.ops.mkldnn._reorder_linear_weight(plain, PACKING_ROWS)
+
+    def _gather(self, tensors: Mapping[str, Tensor], prefix: str, into: Tensor) -> None:
+        """Copy the parts' matrices one below the other, and take their biases."""
         start = 0
         for name, rows in self._parts.items():
-            plain[start : start + rows].copy_(tensors[f"{prefix}{name}.weight"])
+            into[start : start + rows].copy_(tensors[f"{prefix}{name}.weight"])
             if self._bias is not None:
                 self._bias[start : start + rows].copy_(tensors[f"{prefix}{name}.bias"])
             start += rows
-        if self._packs:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(plain, PACKING_ROWS)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._packs:

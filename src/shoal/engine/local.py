@@ -6,8 +6,7 @@ and get completions back on their own loop. Weights are swapped by the same thre
 Invariants: nothing touches the model but the engine's thread; a coroutine that is cancelled frees its slot at the
 next step; when the engine is closed or fails, everyone who waits for it is answered.
 
-What happens to sequences that are alive when weights are swapped (`keep`): they go on with the cache they have, and
-their next tokens carry the new version.
+What happens to sequences that are alive when weights are swapped: `swapping`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self, TypeVar
 
 import torch
@@ -28,21 +29,25 @@ from shoal.broadcast.tensors import TensorView
 from shoal.engine.batching import Batcher
 from shoal.engine.cache import KVCache
 from shoal.engine.grammar import Constraint, Grammars
+from shoal.engine.lora import Adapter
 from shoal.engine.model import Decoder
 from shoal.engine.prefix import PrefixStore
 from shoal.engine.sequence import Drawn, Sequence
 from shoal.engine.shaping import PLAIN, Shaping
 from shoal.engine.source import LocalModel
+from shoal.engine.swapping import swap
 from shoal.engine.text_stream import TextStream
 from shoal.engine.tokenizer import Tokenizer
 from shoal.engine.weights import from_views
-from shoal.errors import CapacityError, ModelError
-from shoal.protocol.sampling import Completion, Grammar, SampleRequest
+from shoal.errors import CapacityError, ConfigError, ModelError
+from shoal.protocol.sampling import Completion, Grammar, SampleRequest, SwapPolicy
 
 T = TypeVar("T")
 
 MAX_REQUESTS = 4096
 """Requests beyond this many, waiting or alive, are refused at once."""
+
+NO_ADAPTERS: Mapping[str, Path] = MappingProxyType({})
 
 CLOSE_TIMEOUT_S = 30.0
 """The engine's thread ends within one step; a step that takes longer than this is a defect."""
@@ -80,9 +85,14 @@ class LocalEngine:
         context_tokens: longest sequence, prompt and completion together; the model's own limit holds as well.
         prefill_tokens: prompt tokens computed between two decode steps; absent: enough for a rollout's whole batch.
         prefix_tokens: tokens of finished sequences kept for prompts that begin alike, beside the cache; 0 keeps none.
+        int8: keep the layers' and the head's weights in 8 bits (`quantised`), for serving only: such an engine takes no
+            other weights, and so no rollouts are drawn with it.
+        adapters: folders of LoRA adapters, by the names that requests give (`lora`).
+        on_swap: what becomes of sequences that are alive when weights change (`swapping`).
 
     Raises:
-        ModelError: the checkpoint is incomplete, damaged or of an unsupported type, or the device is not there.
+        ModelError: the checkpoint or an adapter is incomplete, damaged or of an unsupported type, or the device is not
+            there.
     """
 
     def __init__(
@@ -97,11 +107,15 @@ class LocalEngine:
         context_tokens: int = 1024,
         prefill_tokens: int | None = None,
         prefix_tokens: int = 0,
+        int8: bool = False,
+        adapters: Mapping[str, Path] = NO_ADAPTERS,
+        on_swap: SwapPolicy = "keep",
     ) -> None:
+        self._on_swap = on_swap
         torch.set_num_threads(threads)
         kind = pick_device(device)
         torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[dtype]
-        decoder = Decoder(model.config(), torch_dtype, kind)
+        decoder = Decoder(model.config(), torch_dtype, kind, int8=int8)
         decoder.load(model.tensors())
         arch = decoder.arch
         token_bytes = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * torch_dtype.itemsize
@@ -122,9 +136,16 @@ class LocalEngine:
             prefill_tokens=prefill_tokens,
             prefixes=PrefixStore(prefix_tokens * token_bytes) if prefix_tokens else None,
         )
-        self._start(batcher, threads)
+        loaded = {name: decoder.adapter(name, folder) for name, folder in adapters.items()}
+        self._start(batcher, threads, int8=int8, adapters=loaded)
 
-    def _start(self, batcher: Batcher, threads: int) -> None:
+    _on_swap: SwapPolicy = "keep"
+
+    def _start(
+        self, batcher: Batcher, threads: int, *, int8: bool = False, adapters: Mapping[str, Adapter] | None = None
+    ) -> None:
+        self._int8 = int8
+        self._adapters = dict(adapters or {})
         self._batcher = batcher
         self.tokenizer = batcher.tokenizer
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -151,6 +172,11 @@ class LocalEngine:
     def grammars(self) -> Grammars:
         """Made on first use: it takes a second, and some tokenizers can't be used for it."""
         return Grammars(self.tokenizer.hf, self.tokenizer.end_ids)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names that a request's shaping may give."""
+        return tuple(self._adapters)
 
     @property
     def tensor_names(self) -> list[str]:
@@ -196,7 +222,7 @@ class LocalEngine:
         """Complete one request (see `Sampler`); the caller's cancellation frees the slot.
 
         Raises:
-            ConfigError: the request's grammar is none.
+            ConfigError: the request's grammar is none, or there is no such adapter.
         """
         return await self._submit(request, shaping, None)
 
@@ -231,21 +257,20 @@ class LocalEngine:
         """Swap in a version between two steps; gives the pause in seconds.
 
         Raises:
-            ModelError: tensors are missing or of another shape; the old weights stay.
+            ModelError: tensors are missing or of another shape, or this engine's weights are of 8 bits; the old weights
+                stay.
         """
+        if self._int8:
+            raise ModelError(
+                "an engine whose weights have 8 bits takes no others: what it draws is not the policy's.",
+                'Use weights = "full" where rollouts are drawn.',
+            )
         done: asyncio.Future[float] = asyncio.get_running_loop().create_future()
 
-        def swap() -> None:
-            started = time.monotonic()
-            try:
-                self._batcher.model.load(from_views(tensors))
-            except ModelError as error:
-                _answer(done, error)
-                return
-            self._batcher.swapped(version)
-            _answer(done, time.monotonic() - started)
-
-        return await self._post(swap, done)
+        weights, policy = from_views(tensors), self._on_swap
+        return await self._post(
+            lambda: swap(self._batcher, version, weights, policy, lambda result: _answer(done, result)), done
+        )
 
     async def drained(self, poll_s: float = 0.02) -> None:
         """Wait until nothing is alive or waiting in the engine."""
@@ -264,12 +289,21 @@ class LocalEngine:
         self, request: SampleRequest, shaping: Shaping, on_token: Callable[[Drawn], None] | None
     ) -> Completion:
         self.check(request)
+        adapter = shaping.adapter
+        if adapter and adapter not in self._adapters:
+            raise ConfigError(f"there is no adapter '{adapter}'.", f"There are: {', '.join(self._adapters) or 'none'}.")
         if request.grammar is not None:
             shaping = replace(shaping, constraint=await asyncio.to_thread(self._constraint, request.grammar))
         if self._num_requests >= MAX_REQUESTS:
             raise CapacityError(f"the engine has {MAX_REQUESTS} requests already.", "Ask again later.")
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        sequence = Sequence(request, lambda completion: _answer(done, completion), on_token, shaping.shaper())
+        sequence = Sequence(
+            request,
+            lambda completion: _answer(done, completion),
+            on_token,
+            shaping.shaper(),
+            self._adapters[adapter] if adapter else None,
+        )
         self._num_requests += 1
         try:
             return await self._post(lambda: self._batcher.waiting.append(sequence), done)

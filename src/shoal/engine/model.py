@@ -14,8 +14,9 @@ key-value heads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from torch import Tensor
 
 from shoal.engine.cache import KVCache
 from shoal.engine.linear import Linear, can_pack
+from shoal.engine.lora import Adapter, grouped
+from shoal.engine.quantised import QuantisedLinear
 from shoal.engine.rotary import Rotary, rotate
 from shoal.errors import ModelError
 
@@ -119,19 +122,21 @@ HEAD = Part(last=0, embeds=False, norms=False)
 class _Layer:
     """One decoder layer's weights."""
 
-    def __init__(self, arch: Architecture, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, arch: Architecture, dtype: torch.dtype, device: torch.device, make: type[Linear] = Linear
+    ) -> None:
         q, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
         hidden, inner = arch.hidden_size, arch.intermediate_size
 
         def linear(parts: dict[str, int], columns: int, bias: bool) -> Linear:
-            return Linear(parts, columns, bias=bias, dtype=dtype, device=device)
+            return make(parts, columns, bias=bias, dtype=dtype, device=device)
 
         attention = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
         self.qkv = linear(attention, hidden, arch.attention_bias)
         self.out = linear({"self_attn.o_proj": hidden}, q, arch.output_bias)
         self.gate_up = linear({"mlp.gate_proj": inner, "mlp.up_proj": inner}, hidden, arch.mlp_bias)
         self.down = linear({"mlp.down_proj": hidden}, inner, arch.mlp_bias)
-        self._linears = (self.qkv, self.out, self.gate_up, self.down)
+        self.linears = {"qkv": self.qkv, "out": self.out, "gate_up": self.gate_up, "down": self.down}
         self.norm1 = torch.empty(hidden, dtype=dtype, device=device)
         self.norm2 = torch.empty_like(self.norm1)
         self._norms = {"input_layernorm.weight": self.norm1, "post_attention_layernorm.weight": self.norm2}
@@ -144,14 +149,14 @@ class _Layer:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Checkpoint tensors, without the layer's prefix."""
         found = {name: tuple(norm.shape) for name, norm in self._norms.items()}
-        for linear in self._linears:
+        for linear in self.linears.values():
             found |= linear.shapes()
         return found
 
     def load(self, tensors: Mapping[str, Tensor], prefix: str) -> None:
         for name, norm in self._norms.items():
             norm.copy_(tensors[prefix + name])
-        for linear in self._linears:
+        for linear in self.linears.values():
             linear.load(tensors, prefix)
 
 
@@ -163,24 +168,28 @@ class Decoder:
         dtype: of weights, activations and cache; norms and softmax run in fp32 inside.
         device: where it all lives.
         part: which weights it holds; its cache then has its layers only.
+        int8: keep the matrices of layers and head in 8 bits (`quantised`).
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device, part: Part = WHOLE) -> None:
+    def __init__(
+        self, config: Any, dtype: torch.dtype, device: torch.device, part: Part = WHOLE, *, int8: bool = False
+    ) -> None:
         self.arch = Architecture.from_config(config)
         self.dtype = dtype
         self.device = device
         self.part = part
         arch = self.arch
         self._head: Linear | None = None  # None: the embedding itself, where there is a head
-        if part.heads and (not arch.tie_embeddings or can_pack(dtype, device)):
+        make = QuantisedLinear if int8 else Linear
+        if part.heads and (not arch.tie_embeddings or int8 or can_pack(dtype, device)):
             name = "model.embed_tokens" if arch.tie_embeddings else "lm_head"
-            self._head = Linear({name: arch.vocab_size}, arch.hidden_size, bias=False, dtype=dtype, device=device)
+            self._head = make({name: arch.vocab_size}, arch.hidden_size, bias=False, dtype=dtype, device=device)
         self._embedding: Tensor | None = None
         if part.embeds or (part.heads and self._head is None):
             self._embedding = torch.empty(arch.vocab_size, arch.hidden_size, dtype=dtype, device=device)
         self._norm = torch.empty(arch.hidden_size, dtype=dtype, device=device) if part.norms else None
         self._numbers = range(arch.num_layers)[part.first : part.last]
-        self._layers = [_Layer(arch, dtype, device) for _ in self._numbers]
+        self._layers = [_Layer(arch, dtype, device, make) for _ in self._numbers]
         self._rotary = Rotary(config, arch.head_dim, device)
         self._shapes = self._all_shapes()
 
@@ -236,9 +245,21 @@ class Decoder:
         for number, layer in zip(self._numbers, self._layers, strict=True):
             layer.load(tensors, f"model.layers.{number}.")
 
+    def adapter(self, name: str, directory: Path) -> Adapter:
+        """Load an adapter of this model; raises `ModelError` where it is none."""
+        return Adapter(name, directory, [layer.linears for layer in self._layers], self.dtype, self.device)
+
     @torch.inference_mode()
     def forward(
-        self, x_BT: Tensor, start_B: Tensor, cache: KVCache, first_slot: int = 0, at_B: Tensor | None = None
+        self,
+        x_BT: Tensor,
+        start_B: Tensor,
+        cache: KVCache,
+        first_slot: int = 0,
+        at_B: Tensor | None = None,
+        adapters: Sequence[Adapter | None] = (),
+        tree_BTT: Tensor | None = None,
+        observe: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, [B, T, H]; keys and values are written to the cache.
 
@@ -248,33 +269,49 @@ class Decoder:
             start_B: position of each row's first new token, int64: how many tokens its slot already holds.
             cache: rows `first_slot … first_slot + B` are used; its capacity covers start + T.
             at_B: which of a row's new tokens is asked about, int64; the result is then [B, 1, H].
+            adapters: one entry a row, or nothing where no row has one.
+            tree_BTT: where the new tokens are a tree, which of them each sees, itself included; absent: all before it.
+            observe: told the hidden states [B, T, H] that enter each layer.
         """
         arch = self.arch
         batch, width = x_BT.shape[:2]
         heads, kv_heads, dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
-        positions_BT = start_B[:, None] + torch.arange(width, device=self.device)
+        slots_BT = start_B[:, None] + torch.arange(width, device=self.device)
+        positions_BT = slots_BT if tree_BTT is None else start_B[:, None] + tree_BTT.sum(dim=-1) - 1
         cos, sin = self._rotary.angles(positions_BT, self.dtype)
-        seen_B1TL = torch.arange(cache.capacity, device=self.device) <= positions_BT[:, None, :, None]
+        seen_B1TL = torch.arange(cache.capacity, device=self.device) <= slots_BT[:, None, :, None]
+        if tree_BTT is not None:
+            seen_B1TL.scatter_(3, slots_BT[:, None, None].expand(-1, 1, width, -1), tree_BTT[:, None])
         bias_B1TL = torch.zeros(seen_B1TL.shape, dtype=self.dtype, device=self.device)
         bias_B1TL.masked_fill_(~seen_B1TL, float("-inf"))
+        groups = grouped(adapters, self.device)
+
+        def project(index: int, name: str, x: Tensor) -> Tensor:
+            y = self._layers[index].linears[name](x)
+            for adapter, rows in groups:
+                adapter.add(index, name, x, y, rows)
+            return y
+
         hidden = x_BT
         if self.part.embeds:
             assert self._embedding is not None
             hidden = F.embedding(x_BT, self._embedding)
         for index, layer in enumerate(self._layers):
+            if observe is not None:
+                observe(index, hidden)
             normed = F.rms_norm(hidden, (arch.hidden_size,), layer.norm1, arch.norm_eps)
-            qkv = layer.qkv(normed).view(batch, width, heads + 2 * kv_heads, dim)
+            qkv = project(index, "qkv", normed).view(batch, width, heads + 2 * kv_heads, dim)
             q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q = rotate(F.rms_norm(q, (dim,), layer.q_norm, arch.norm_eps), cos, sin)
                 k = rotate(F.rms_norm(k, (dim,), layer.k_norm, arch.norm_eps), cos, sin)
             else:
                 q, k = rotate(qkv[:, :, : heads + kv_heads], cos, sin).split((heads, kv_heads), dim=2)
-            keys, values = cache.write(index, first_slot, positions_BT, k, v)
-            hidden = hidden + layer.out(attend(q, keys, values, bias_B1TL))
+            keys, values = cache.write(index, first_slot, slots_BT, k, v)
+            hidden = hidden + project(index, "out", attend(q, keys, values, bias_B1TL))
             normed = F.rms_norm(hidden, (arch.hidden_size,), layer.norm2, arch.norm_eps)
-            gate, up = layer.gate_up(normed).chunk(2, dim=-1)
-            hidden = hidden + layer.down(F.silu(gate) * up)
+            gate, up = project(index, "gate_up", normed).chunk(2, dim=-1)
+            hidden = hidden + project(index, "down", F.silu(gate) * up)
         if at_B is not None:
             hidden = hidden.gather(1, at_B[:, None, None].expand(-1, 1, arch.hidden_size))
         return hidden if self._norm is None else F.rms_norm(hidden, (arch.hidden_size,), self._norm, arch.norm_eps)
@@ -286,6 +323,17 @@ class Decoder:
             return self._head(hidden)
         assert self._embedding is not None
         return F.linear(hidden, self._embedding)
+
+
+def weight_bytes(config: Any, item_bytes: int, *, int8: bool = False) -> int:
+    """Memory that a whole model's weights take, with `item_bytes` a number."""
+    decoder = Decoder(config, torch.float32, torch.device("meta"), int8=int8)
+    embedding = decoder.arch.vocab_size * decoder.arch.hidden_size
+    total = sum(torch.Size(shape).numel() for shape in decoder.shapes.values())
+    if not int8:
+        # Where the head is the embedding, packed, it exists twice.
+        return (total + embedding * decoder.arch.tie_embeddings) * item_bytes
+    return embedding * item_bytes + total
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, bias_B1TL: Tensor) -> Tensor:

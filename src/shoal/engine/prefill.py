@@ -79,7 +79,9 @@ def _compute_run(
         width = min(PREFILL_WIDTH, max(NARROWEST, budget // unfinished), longest - start)
         offset = torch.full((unfinished,), start, device=device)
         last = [min(s.prompt_length - start, width) - 1 for s in rows[:unfinished]]
-        hidden = model.forward(ids[:unfinished, :width], offset, cache, first, torch.tensor(last, device=device))
+        at = torch.tensor(last, device=device)
+        adapters = [s.adapter for s in rows[:unfinished]]
+        hidden = model.forward(ids[:unfinished, :width], offset, cache, first, at, adapters)
         for row, sequence in enumerate(rows[:unfinished]):
             if sequence.prompt_length <= start + width:
                 sequence.prompt_hidden = hidden[row, 0].clone()

@@ -4,7 +4,8 @@ A conversation's next turn, a shared system prompt or a template's head is then 
 the whole of a finished sequence (prompt and completion); the least recently used go first.
 
 Invariants: `bytes ≤ budget` after every call; what is given was computed under the weights in place (`clear` at a swap)
-and for exactly these token ids; a match is a multiple of `GRAIN`, so that rows that share a head share its length.
+for exactly these token ids, and with the same adapter; a match is a multiple of `GRAIN`, so that rows that share a head
+share its length.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ class Entry:
 
     ids: Ids
     state: Tensor
+    space: str
+    """What else it depends on (`Sequence.space`)."""
 
     @property
     def bytes(self) -> int:
@@ -32,7 +35,7 @@ class Entry:
 
 
 class PrefixStore:
-    """Entries by their first `GRAIN` tokens.
+    """Entries by their space and first `GRAIN` tokens.
 
     Args:
         budget_bytes: the most memory that entries may take; 0 keeps nothing.
@@ -41,36 +44,37 @@ class PrefixStore:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.bytes = 0
-        self._entries: dict[Ids, Entry] = {}
+        self._entries: dict[tuple[str, Ids], Entry] = {}
         """Least recently used first."""
-        self._by_head: dict[Ids, list[Ids]] = {}
+        self._by_head: dict[tuple[str, Ids], list[Ids]] = {}
 
-    def find(self, ids: Ids) -> tuple[Entry, int] | None:
+    def find(self, ids: Ids, space: str = "") -> tuple[Entry, int] | None:
         """The entry that shares the longest beginning with `ids`, and that beginning's length."""
         best: tuple[Entry, int] | None = None
-        for known in self._by_head.get(ids[:GRAIN], ()):
+        for known in self._by_head.get((space, ids[:GRAIN]), ()):
             length = shared(known, ids)
             if length >= GRAIN and (best is None or length > best[1]):
-                best = self._entries[known], length
+                best = self._entries[space, known], length
         if best is not None:
-            self._entries[best[0].ids] = self._entries.pop(best[0].ids)
+            self._entries[space, best[0].ids] = self._entries.pop((space, best[0].ids))
         return best
 
-    def wants(self, ids: Ids, token_bytes: int) -> bool:
+    def wants(self, ids: Ids, token_bytes: int, space: str = "") -> bool:
         """Whether an entry for `ids` would fit and say something new."""
         if not GRAIN <= len(ids) <= self.budget_bytes // token_bytes:
             return False
-        return not any(shared(known, ids) >= len(ids) - GRAIN for known in self._by_head.get(ids[:GRAIN], ()))
+        known = self._by_head.get((space, ids[:GRAIN]), ())
+        return not any(shared(one, ids) >= len(ids) - GRAIN for one in known)
 
-    def add(self, ids: Ids, state: Tensor) -> None:
+    def add(self, ids: Ids, state: Tensor, space: str = "") -> None:
         """Keep an entry that `wants` has agreed to; those that it continues are dropped."""
-        entry = Entry(ids, state)
-        for known in [k for k in self._by_head.get(ids[:GRAIN], ()) if ids[: len(k)] == k]:
-            self._drop(known)
+        entry = Entry(ids, state, space)
+        for known in [k for k in self._by_head.get((space, ids[:GRAIN]), ()) if ids[: len(k)] == k]:
+            self._drop(self._entries[space, known])
         while self.bytes + entry.bytes > self.budget_bytes:
-            self._drop(next(iter(self._entries)))
-        self._entries[ids] = entry
-        self._by_head.setdefault(ids[:GRAIN], []).append(ids)
+            self._drop(next(iter(self._entries.values())))
+        self._entries[space, ids] = entry
+        self._by_head.setdefault((space, ids[:GRAIN]), []).append(ids)
         self.bytes += entry.bytes
 
     def clear(self) -> None:
@@ -79,12 +83,12 @@ class PrefixStore:
         self._by_head.clear()
         self.bytes = 0
 
-    def _drop(self, ids: Ids) -> None:
-        self.bytes -= self._entries.pop(ids).bytes
-        head = self._by_head[ids[:GRAIN]]
-        head.remove(ids)
-        if not head:
-            del self._by_head[ids[:GRAIN]]
+    def _drop(self, entry: Entry) -> None:
+        self.bytes -= self._entries.pop((entry.space, entry.ids)).bytes
+        key = entry.space, entry.ids[:GRAIN]
+        self._by_head[key].remove(entry.ids)
+        if not self._by_head[key]:
+            del self._by_head[key]
 
 
 def shared(one: Ids, other: Ids) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from shoal.engine.lora import Adapter
 from shoal.engine.shaping import Shaper
 from shoal.protocol.sampling import Completion, SampleRequest
 
@@ -33,6 +34,8 @@ class Sequence:
     on_done: Callable[[Completion], None]
     on_token: Callable[[Drawn], None] | None = None
     shaper: Shaper | None = None
+    adapter: Adapter | None = None
+    """What is added to the weights for this sequence."""
     ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
@@ -52,6 +55,16 @@ class Sequence:
     @property
     def prompt(self) -> tuple[int, ...]:
         return self.request.prompt_ids
+
+    @property
+    def space(self) -> str:
+        """Sequences of one space, which is an adapter's name, may share what was computed of equal beginnings."""
+        return self.adapter.name if self.adapter else ""
+
+    @property
+    def key(self) -> tuple[str, tuple[int, ...]]:
+        """Equal for sequences whose prompts are computed alike."""
+        return self.space, self.prompt
 
     @property
     def prompt_length(self) -> int:

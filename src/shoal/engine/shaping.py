@@ -1,4 +1,5 @@
-"""What a request may ask of the logits besides temperature and truncation: a grammar, biases, penalties, alternatives.
+"""What a request may ask of the logits besides temperature and truncation: which adapter makes them, a grammar, biases,
+penalties, alternatives.
 
 Invariant: shaping comes before temperature and sampling, so a reported log-probability is that of the distribution
 the token was really drawn from; a token that the grammar forbids is never drawn.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -30,10 +31,12 @@ class Shaping:
     frequency_penalty: float = 0.0
     num_top: int = 0
     """Alternatives reported with each token."""
+    adapter: str = ""
+    """What is added to the weights, by name; empty: nothing."""
 
     def shaper(self) -> Shaper | None:
-        """The state that goes along with one sequence; none where there is nothing to do."""
-        return None if self == PLAIN else Shaper(self)
+        """The state that goes along with one sequence; none where there is nothing to do to its logits."""
+        return None if replace(self, adapter="") == PLAIN else Shaper(self)
 
 
 PLAIN = Shaping()

@@ -96,9 +96,7 @@ class Tokenizer:
         Raises:
             ModelError: the model has no chat template, or its template refuses this conversation.
         """
-        if not self._inner.chat_template:
-            raise ModelError("the model has no chat template.", "Use /v1/completions, or an instruction-tuned model.")
-        return self._render([dict(message) for message in messages], tools=[dict(tool) for tool in tools])
+        return self._templated([dict(message) for message in messages], tools=[dict(tool) for tool in tools])
 
     def continuation(self, previous_ids: Sequence[int], observation: str) -> list[int]:
         """Token ids between an act and the next one.
@@ -109,12 +107,21 @@ class Tokenizer:
         """
         if not self._inner.chat_template:
             return self.encode(f"\n\n{observation}\n\n")
-        conversation = [
-            {"role": "user", "content": "."},
-            {"role": "assistant", "content": _ACT},
-            {"role": "user", "content": observation},
-        ]
-        ids = self._render(conversation, after=_ACT)
+        return self.following(previous_ids, [{"role": "user", "content": observation}])
+
+    def following(
+        self,
+        previous_ids: Sequence[int],
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
+        """As `continuation`, where what follows the act are messages such as `conversation` takes.
+
+        Raises:
+            ModelError: the model has no chat template, or its template refuses these messages after an act.
+        """
+        act = [{"role": "user", "content": "."}, {"role": "assistant", "content": _ACT}]
+        ids = self._templated([*act, *map(dict, messages)], after=_ACT, tools=[dict(tool) for tool in tools])
         if previous_ids and ids and previous_ids[-1] in self.end_ids and ids[0] in self.end_ids:
             ids = ids[1:]
         return ids
@@ -146,6 +153,14 @@ class Tokenizer:
         cut = min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))
         return text[:cut]
 
+    def _templated(
+        self, conversation: list[dict[str, Any]], after: str = "", tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
+        """As `_render`, of a model that has a template."""
+        if not self._inner.chat_template:
+            raise ModelError("the model has no chat template.", "Use /v1/completions, or an instruction-tuned model.")
+        return self._render(conversation, after, tools)
+
     def _render(
         self, conversation: list[dict[str, Any]], after: str = "", tools: list[dict[str, Any]] | None = None
     ) -> list[int]:
@@ -169,6 +184,8 @@ class Tokenizer:
             )
         except (TemplateError, TypeError) as error:
             raise ModelError(f"the model's chat template refuses this conversation: {error}.") from None
+        if after not in text:
+            raise ModelError("the model's chat template leaves out what the assistant said.")
         text = text.split(after, 1)[1] if after else text
         if not written:
             return list(self._inner.encode(text, add_special_tokens=False))

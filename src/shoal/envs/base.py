@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shoal.errors import ConfigError, RecordError, TaskError
 from shoal.protocol.chat import Message
-from shoal.protocol.episode import Task
+from shoal.protocol.episode import Episode, Task
 from shoal.protocol.sampling import Grammar
 
 Split = Literal["train", "heldout"]
@@ -150,6 +150,12 @@ class Environment(ABC):
             return Step(step.observation, total, step.done, step.info)
         finally:
             await env.close()
+
+    async def judge(self, episode: Episode) -> Step:
+        """What `score` gives for a finished episode of this environment; raises as it does."""
+        actions = [turn.completion.text for turn in episode.turns]
+        truncated = [turn.completion.finish == "length" for turn in episode.turns]
+        return await self.score(episode.task, actions, truncated=truncated)
 
 
 def strict_and_lenient(reward: float, info: Mapping[str, float]) -> tuple[float, float]:

@@ -17,9 +17,12 @@ from shoal.errors import TaskError
 ENVIRONMENTS: dict[str, str] = {
     "arithmetic": "shoal.envs.arithmetic:Arithmetic",
     "evm": "shoal.envs.evm.environment:EvmQuests",
+    "external": "shoal.envs.external:External",
+    "judged": "shoal.envs.judged:Judged",
     "jsonl": "shoal.envs.jsonl:JsonLines",
     "reasoning_gym": "shoal.envs.reasoning_gym:ReasoningGym",
     "sokoban": "shoal.envs.sokoban:Sokoban",
+    "web": "shoal.envs.web.environment:Web",
 }
 """Short name -> import path."""
 

@@ -3,6 +3,10 @@
 A trajectory is the concatenation, turn by turn, of the context's and the completion's token ids; only completion
 tokens are trained. Its prefix is the first context, which the rollouts of a group usually share.
 
+An episode of several branches (`protocol.episode`) gives a trajectory for each. All carry the episode's advantage,
+which comes from one reward an episode: an agent that asks more often does not weigh more in its group's mean. A turn
+that several branches share is trained in the first of them and is context in the others.
+
 Invariants: void episodes take no part, not even in a group's mean; every token of a finished completion of a `done`
 episode is trained exactly once, or its whole group is skipped because no advantage in it differs from zero, which
 leaves the loss of the step as it was; a completion cut short by infrastructure (`cancelled`, `error`) is read as
@@ -11,8 +15,8 @@ context and never trained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,12 +47,19 @@ class Trajectory:
     """Tokens of the first context."""
     advantage: float
     temperature: float
+    episode_trained: int = 0
+    """Trained tokens of the whole episode, all its branches together; 0 where this is all of it."""
     grammars: tuple[tuple[int, int, Grammar], ...] = ()
     """Of each trained completion that had to match one: where it starts, its length, and what it had to match."""
 
     @property
     def num_trained(self) -> int:
         return int(self.trained.sum())
+
+    @property
+    def sequence_trained(self) -> int:
+        """What a normalisation by length divides by: branches are parts of one sequence, not several."""
+        return self.episode_trained or self.num_trained
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,8 @@ class StepSummary:
     """Of each finished episode, the version of its oldest token."""
 
 
-def trajectory(episode: Episode, advantage: float, *, mask_truncated: bool = False) -> Trajectory:
-    """The token sequence of one episode.
+def trajectories(episode: Episode, advantage: float, *, mask_truncated: bool = False) -> list[Trajectory]:
+    """The token sequences of one episode, one a branch; usually that is one.
 
     Args:
         mask_truncated: leave completions that hit the token limit out of the loss.
@@ -83,14 +94,30 @@ def trajectory(episode: Episode, advantage: float, *, mask_truncated: bool = Fal
             "Set rollout.temperature above 0.",
         )
     untrained = (*UNTRAINED_FINISHES, "length") if mask_truncated else UNTRAINED_FINISHES
+    done: set[int] = set()
+    found = []
+    for path in episode.branches:
+        found.append(_branch(episode, path, advantage, untrained, done))
+        done.update(path)
+    if len(found) < 2:
+        return found
+    whole = sum(row.num_trained for row in found)
+    return [replace(row, episode_trained=whole) for row in found]
+
+
+def _branch(
+    episode: Episode, path: Sequence[int], advantage: float, untrained: Sequence[str], done: Container[int]
+) -> Trajectory:
+    """One branch; the turns in `done` are trained in another."""
     ids: list[int] = []
     trained: list[bool] = []
     behaviour: list[float] = []
     versions: list[int] = []
     grammars: list[tuple[int, int, Grammar]] = []
-    for turn in episode.turns:
+    for number in path:
+        turn = episode.turns[number]
         completion = turn.completion
-        train = completion.finish not in untrained
+        train = number not in done and completion.finish not in untrained
         num_context, num_drawn = len(turn.context_ids), len(completion.token_ids)
         ids += [*turn.context_ids, *completion.token_ids]
         if train and turn.grammar is not None:
@@ -104,7 +131,7 @@ def trajectory(episode: Episode, advantage: float, *, mask_truncated: bool = Fal
         trained=np.array(trained, dtype=np.bool_),
         behaviour=np.array(behaviour, dtype=np.float64),
         versions=np.array(versions, dtype=np.int64),
-        prefix_length=len(episode.turns[0].context_ids),
+        prefix_length=len(episode.turns[path[0]].context_ids),
         advantage=advantage,
         temperature=episode.temperature,
         grammars=tuple(grammars),
@@ -114,7 +141,7 @@ def trajectory(episode: Episode, advantage: float, *, mask_truncated: bool = Fal
 def fits(episode: Episode, vocab_size: int, context_tokens: int) -> bool:
     """Whether the model could have read and drawn these tokens at all; an episode comes from another machine."""
     parts = [ids for turn in episode.turns for ids in (turn.context_ids, turn.completion.token_ids)]
-    return sum(map(len, parts)) <= context_tokens and all(max(ids, default=0) < vocab_size for ids in parts)
+    return episode.longest <= context_tokens and all(max(ids, default=0) < vocab_size for ids in parts)
 
 
 def assemble(
@@ -142,8 +169,9 @@ def assemble(
         rewards = np.array([episode.reward for episode in members], dtype=np.float64)
         advantages = group_advantages(rewards, rule, scale_by_std=settings.scale_by_std, delta=settings.delta)
         rows = [
-            trajectory(episode, float(advantage), mask_truncated=mask_truncated)
+            row
             for episode, advantage in zip(members, advantages, strict=True)
+            for row in trajectories(episode, float(advantage), mask_truncated=mask_truncated)
         ]
         finished += members
         num_tokens += sum(row.num_trained for row in rows)

@@ -21,7 +21,7 @@ import numpy as np
 
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import ConfigError, RecordError, StorageError
-from shoal.learner.batch import Trajectory, trajectory
+from shoal.learner.batch import Trajectory, trajectories
 from shoal.protocol.chat import Message
 from shoal.protocol.codec import from_json
 from shoal.protocol.episode import Episode
@@ -53,13 +53,13 @@ def read_examples(path: Path, tokenizer: Tokenizer, *, max_tokens: int, min_rewa
     """
     found = Examples()
     for where, line in _lines(path):
-        item = _example(line, where, tokenizer, min_reward, len(found.items))
-        if item is None:
-            found.num_below_reward += 1
-        elif len(item.token_ids) > max_tokens:
-            found.num_too_long += 1
-        else:
-            found.items.append(item)
+        items = _example(line, where, tokenizer, min_reward, len(found.items))
+        found.num_below_reward += not items
+        for item in items:
+            if len(item.token_ids) > max_tokens:
+                found.num_too_long += 1
+            else:
+                found.items.append(item)
     if not found.items:
         raise ConfigError(
             f"{path} holds nothing to learn from: {found.num_too_long} lines are longer than {max_tokens} tokens, "
@@ -81,7 +81,7 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
         raise StorageError(f"{path} cannot be read: {error.strerror}.") from None
 
 
-def _example(line: bytes, where: str, tokenizer: Tokenizer, min_reward: float, index: int) -> Trajectory | None:
+def _example(line: bytes, where: str, tokenizer: Tokenizer, min_reward: float, index: int) -> list[Trajectory]:
     try:
         data = json.loads(line)
     except ValueError as error:
@@ -92,7 +92,7 @@ def _example(line: bytes, where: str, tokenizer: Tokenizer, min_reward: float, i
         messages = [Message(role="user", content=data["prompt"]), Message(role="assistant", content=data["completion"])]
     else:
         messages = _messages(data, where)
-    return _from_messages(messages, where, tokenizer, index)
+    return [_from_messages(messages, where, tokenizer, index)]
 
 
 def _messages(data: Any, where: str) -> list[Message]:
@@ -140,23 +140,25 @@ def _from_messages(messages: Sequence[Message], where: str, tokenizer: Tokenizer
     )
 
 
-def _from_episode(line: bytes, where: str, min_reward: float, index: int) -> Trajectory | None:
+def _from_episode(line: bytes, where: str, min_reward: float, index: int) -> list[Trajectory]:
     try:
         episode = from_json(line, Episode)
     except RecordError as error:
         raise ConfigError(f"{where} is no episode: {error.problem}") from None
     if episode.outcome != "done" or episode.reward < min_reward:
-        return None
-    made = trajectory(episode, 1.0)
+        return []
     # Learnt as plain text is: at temperature 1, and without what a grammar forbade.
-    plain = Trajectory(
-        group=str(index),
-        token_ids=made.token_ids,
-        trained=made.trained,
-        behaviour=made.behaviour,
-        versions=made.versions,
-        prefix_length=made.prefix_length,
-        advantage=1.0,
-        temperature=1.0,
-    )
-    return plain if plain.num_trained else None
+    plain = [
+        Trajectory(
+            group=str(index),
+            token_ids=made.token_ids,
+            trained=made.trained,
+            behaviour=made.behaviour,
+            versions=made.versions,
+            prefix_length=made.prefix_length,
+            advantage=1.0,
+            temperature=1.0,
+        )
+        for made in trajectories(episode, 1.0)
+    ]
+    return [one for one in plain if one.num_trained]

@@ -16,12 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from shoal.config.learner import LrSchedule
 from shoal.errors import RecordError
+from shoal.learner.adamw8bit import STATE_KEYS, AdamW8bit, state_shape
 
 
 def learning_rate(
@@ -56,6 +58,7 @@ class MasterAdamW:
         parameters: name -> parameter; those of a lower precision than fp32 get a master copy.
         betas, eps, weight_decay: AdamW's (Loshchilov and Hutter 2019).
         grad_clip: largest global gradient norm; larger ones are scaled down to it.
+        kind: `adamw8bit` keeps the two moments in 8 bits (`learner.adamw8bit`).
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class MasterAdamW:
         eps: float,
         weight_decay: float,
         grad_clip: float,
+        kind: Literal["adamw", "adamw8bit"] = "adamw",
     ) -> None:
         self._parameters = dict(parameters)
         self._masters = {
@@ -79,7 +83,14 @@ class MasterAdamW:
             {"params": matrices, "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        self._adam = torch.optim.AdamW([g for g in groups if g["params"]], betas=betas, eps=eps, fused=True)
+        groups = [g for g in groups if g["params"]]
+        self._adam: torch.optim.Optimizer
+        if kind == "adamw":
+            self._adam = torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+            self._state_keys: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+        else:
+            self._adam = AdamW8bit(groups, betas=betas, eps=eps)
+            self._state_keys = STATE_KEYS
 
     @torch.no_grad()
     def accumulate(self) -> None:
@@ -116,6 +127,10 @@ class MasterAdamW:
         self.zero_grad()
         return OptimizerStep(grad_norm, applied)
 
+    def _dtype_of(self, key: str) -> torch.dtype:
+        in_bytes = self._state_keys == STATE_KEYS and key in ("exp_avg", "exp_avg_sq")
+        return torch.uint8 if in_bytes else torch.float32
+
     def zero_grad(self) -> None:
         """Forget the gradients gathered so far."""
         for name, parameter in self._parameters.items():
@@ -144,14 +159,15 @@ class MasterAdamW:
             if master is not self._parameters[name]:
                 expected.add(f"master.{name}")
             if f"step.{name}" in state:
-                expected |= {f"step.{name}", f"exp_avg.{name}", f"exp_avg_sq.{name}"}
+                expected |= {f"{key}.{name}" for key in ("step", *self._state_keys)}
         if expected != set(state):
             odd = sorted(expected ^ set(state))
             raise RecordError(f"the optimizer state does not fit the model: {odd[0]} is missing or unknown.")
         for name, master in self._masters.items():
-            for key in ("master", "exp_avg", "exp_avg_sq"):
+            for key in ("master", *self._state_keys):
                 tensor = state.get(f"{key}.{name}")
-                if tensor is not None and tensor.shape != master.shape:
+                shape = master.shape if self._state_keys != STATE_KEYS or key == "master" else state_shape(key, master)
+                if tensor is not None and tensor.shape != shape:
                     raise RecordError(f"optimizer tensor {key}.{name} has shape {tuple(tensor.shape)}.")
         self._adam.state.clear()
         for name, master in self._masters.items():
@@ -160,7 +176,7 @@ class MasterAdamW:
                 self._parameters[name].copy_(master)
             if f"step.{name}" in state:
                 self._adam.state[master] = {
-                    key: state[f"{key}.{name}"].to(device=master.device, dtype=torch.float32, copy=True)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    key: state[f"{key}.{name}"].to(device=master.device, dtype=self._dtype_of(key), copy=True)
+                    for key in ("step", *self._state_keys)
                 }
         self.zero_grad()

@@ -58,7 +58,7 @@ class MicroBatch:
     sequence: Ints
     """[N] which of `members` the target belongs to, as an index into it."""
     lengths: Ints
-    """[N] number of trained tokens of the target's trajectory."""
+    """[N] number of trained tokens of the target's sequence: all branches of its episode."""
     members: tuple[int, ...]
     """Which of the packed trajectories are here, as indices into the sequence that was packed."""
     grammars: tuple[tuple[int, int, Grammar], ...] = ()
@@ -154,7 +154,7 @@ def _lay_out(trajectories: Sequence[Trajectory], parts: Sequence[_Shared]) -> Mi
         temperatures=np.repeat([item.temperature for item in items], counts),
         versions=np.concatenate([item.versions[item.trained] for item in items]),
         sequence=np.repeat(np.arange(len(items)), counts),
-        lengths=np.repeat(counts, counts),
+        lengths=np.repeat([item.sequence_trained for item in items], counts),
         members=tuple(members),
         grammars=tuple(_grammars(items, counts)),
     )

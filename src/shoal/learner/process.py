@@ -1,5 +1,6 @@
 """The learner's process: ask for a step's batch, train on it, publish, report; again until the run is over.
 
+    run/audit ──▶ episodes to check, between steps (`auditing`) ──▶ run/audit
     run/batch(version) ──▶ Trainer.step ──▶ every κ versions: chunks, manifest, signature ──▶ run/step ──▶ announce
                                             every n versions: checkpoint ──▶ run/step
 
@@ -22,12 +23,16 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from shoal.broadcast.image import read_version
 from shoal.broadcast.publisher import Publisher, SnapshotWriter
 from shoal.broadcast.relay import relaying
 from shoal.broadcast.store import Store
 from shoal.config import Config
-from shoal.engine.source import resolve
+from shoal.engine.local import pick_device
+from shoal.engine.merging import adapter_tensors, merged
+from shoal.engine.source import LocalModel, resolve
 from shoal.engine.tokenizer import Tokenizer
 from shoal.engine.weights import to_views
 from shoal.errors import NetworkError, RunError, ShoalError
@@ -39,11 +44,14 @@ from shoal.fabric.identity import Identity
 from shoal.fabric.ticket import Ticket
 from shoal.fabric.waits import ENDLESS_S, waiting
 from shoal.learner import checkpoint
+from shoal.learner.auditing import Auditor, Turns
+from shoal.learner.claims import ClaimChecker
 from shoal.learner.loading import load_policy
 from shoal.learner.trainer import StepMetrics, Trainer
 from shoal.protocol.codec import encode
+from shoal.protocol.trust import AuditReply, AuditRequest
 from shoal.protocol.work import BatchReply, BatchRequest, StepReply, StepReport
-from shoal.rollout.host import MODEL_USUAL_S, WorkerOptions, model_cache, working
+from shoal.rollout.host import MODEL_USUAL_S, Sessions, WorkerOptions, model_cache, working
 from shoal.rollout.link import Part, taking_part
 from shoal.rollout.worker import Worker
 
@@ -76,6 +84,7 @@ class LearnerProcess:
             run=ticket.run,
             trusted_key=fabric.identity.public_key,
             durable=False,  # a snapshot can be made again from the checkpoint
+            max_bytes=1e9 * (config.output.snapshots_gb or float("inf")),
         )
         self._writer = SnapshotWriter(self._store, fabric.identity, POLICY)
         self._publisher = Publisher(fabric, self._store, allow=part.member.is_granted)
@@ -88,9 +97,25 @@ class LearnerProcess:
         """What samples in this very process, in colocated mode."""
         self._trainer: Trainer | None = None
         self._tokenizer: Tokenizer | None = None
+        self._local: LocalModel | None = None
+        self._turns = Turns(config.trust.learner_share)
+        self._auditor = Auditor(self._ask_for_claims, self._make_checker, self._turns)
 
     async def run(self) -> None:
-        """Train until the coordinator says that the run is over."""
+        """Train until the coordinator says that the run is over, and check what it wants to have checked."""
+        auditing = asyncio.create_task(self._auditor.run())
+        training = asyncio.create_task(self._train())
+        try:
+            await asyncio.wait([training, auditing], return_when=asyncio.FIRST_COMPLETED)
+            if auditing.done():
+                await auditing  # raises if that is why it ended; otherwise it was told first that the run is over
+            await training
+        finally:
+            for task in (training, auditing):
+                task.cancel()
+            await asyncio.gather(training, auditing, return_exceptions=True)
+
+    async def _train(self) -> None:
         with waiting("the model to load", until="it is fetched and loaded", usual_s=MODEL_USUAL_S):
             trainer = self._trainer = await asyncio.to_thread(self._load)
         await self._publisher.start()
@@ -99,7 +124,8 @@ class LearnerProcess:
             await self._save()
         while True:
             waited_from = asyncio.get_running_loop().time()
-            reply = await self._batch(trainer.version)
+            async with self._turns.waiting():
+                reply = await self._batch(trainer.version)
             if reply is None:
                 return
             if reply.save:
@@ -108,7 +134,8 @@ class LearnerProcess:
             assert reply.episodes is not None
             wait_s = asyncio.get_running_loop().time() - waited_from
             self._doing = f"trains step {trainer.version + 1}"
-            metrics = await asyncio.to_thread(trainer.step, reply.episodes)
+            async with self._turns.stepping():
+                metrics = await asyncio.to_thread(trainer.step, reply.episodes)
             await self._finish_step(metrics, wait_s)
 
     @asynccontextmanager
@@ -119,8 +146,8 @@ class LearnerProcess:
             yield
             return
         allow = self._publisher.allow
-        async with relaying(self._fabric.identity, self._store, host, allow=allow) as (_, record):
-            self._publisher.offer_links(record)
+        async with relaying(self._fabric.identity, self._store, host, allow=allow) as (relay, record):
+            self._publisher.offer_links(relay, record)
             yield
 
     async def _batch(self, version: int) -> BatchReply | None:
@@ -211,13 +238,19 @@ class LearnerProcess:
         newest = await asyncio.to_thread(self._store.latest, POLICY)
         if newest is not None and newest.manifest.version >= version:
             return None
-        published = await asyncio.to_thread(lambda: self._writer.write(version, to_views(trainer.tensors())))
+        published = await asyncio.to_thread(lambda: self._writer.write(version, to_views(self._to_publish(trainer))))
         keep = self._config.learner.max_staleness + 1 + EXTRA_VERSIONS
         if self._oldest_needed is not None:
             versions = await asyncio.to_thread(self._store.versions, POLICY)
             keep = max(keep, sum(v >= self._oldest_needed for v in versions))
         await asyncio.to_thread(self._store.prune, POLICY, keep)
         return encode(published.signed)
+
+    def _to_publish(self, trainer: Trainer) -> dict[str, Tensor]:
+        lora = self._config.learner.lora
+        if lora is None or lora.publish == "merged":
+            return trainer.tensors()
+        return adapter_tensors(trainer.trainable(), lora.alpha, trainer.model.dtype)
 
     async def _report(
         self, version: int, metrics: StepMetrics, *, published: bytes | None = None, checkpointed: bool = False
@@ -250,9 +283,27 @@ class LearnerProcess:
             rates=acting.rates if acting is not None else {},
             counters={
                 "chunk bytes served": self._publisher.chunk_bytes_served,
+                "episodes checked": self._auditor.num_checked,
                 **(acting.counters if acting is not None else {}),
             },
             details=acting.details if acting is not None else {},
+        )
+
+    async def _ask_for_claims(self, request: AuditRequest) -> AuditReply:
+        return await self._link.call("audit", request, AuditReply, BATCH_DEADLINE_S)
+
+    def _make_checker(self) -> ClaimChecker:
+        """A second body, for any version that is kept."""
+        config, local = self._config, self._local
+        assert self._tokenizer is not None and local is not None
+        return ClaimChecker(
+            local,
+            self._tokenizer,
+            lambda version: merged(local, read_version(self._store, POLICY, version)),
+            dtype=config.model.dtype,
+            device=pick_device(config.learner.device),
+            context_tokens=config.model.context_tokens,
+            on_swap=config.rollout.on_swap,
         )
 
     def _load(self) -> Trainer:
@@ -260,7 +311,7 @@ class LearnerProcess:
         settings = self._config.learner
         torch.set_num_threads(settings.threads)
         torch.manual_seed(self._config.run.seed)
-        local = resolve(self._config.model.name, model_cache())
+        local = self._local = resolve(self._config.model.name, model_cache())
         self._tokenizer = Tokenizer(local.directory)
         model = load_policy(local, self._config.model.dtype, settings.device)
         run, rollout = self._config.run, self._config.rollout
@@ -288,8 +339,12 @@ def _raise_if_refused(error: NetworkError) -> None:
         raise RunError(f"the coordinator refused what the learner said: {error.problem}", error.remedy) from error
 
 
-async def run_learner(config: Config, directory: Path, ticket: Ticket) -> None:
-    """Be the learner of the run in `directory` until it is over."""
+async def run_learner(config: Config, directory: Path, ticket: Ticket, sessions: Sessions | None = None) -> None:
+    """Be the learner of the run in `directory` until it is over.
+
+    Args:
+        sessions: how agent programs reach the model, in colocated mode; see `rollout.host.working`.
+    """
     identity = Identity.load_or_create(directory / "identity" / "learner")
     async with await Fabric.connect(identity, ticket, config.network.join_timeout_s) as fabric:
         learner = config.learner
@@ -300,7 +355,7 @@ async def run_learner(config: Config, directory: Path, ticket: Ticket) -> None:
             desk = Desk(fabric, "learner", "learner", process.account, part.member.is_granted, device=learner.device)
             async with desk, process.linking():
                 if learner.mode == "colocated":
-                    await _run_colocated(process, config, directory, fabric, ticket, part)
+                    await _run_colocated(process, config, directory, fabric, ticket, part, sessions)
                 else:
                     await process.run()
                     with contextlib.suppress(ShoalError):  # The coordinator may be gone already.
@@ -308,7 +363,13 @@ async def run_learner(config: Config, directory: Path, ticket: Ticket) -> None:
 
 
 async def _run_colocated(
-    process: LearnerProcess, config: Config, directory: Path, fabric: Fabric, ticket: Ticket, part: Part
+    process: LearnerProcess,
+    config: Config,
+    directory: Path,
+    fabric: Fabric,
+    ticket: Ticket,
+    part: Part,
+    sessions: Sessions | None,
 ) -> None:
     """The learner's own process acts, too; S = 0 makes sampling and training take turns."""
     workers = config.workers
@@ -318,9 +379,11 @@ async def _run_colocated(
         device=workers.device,
         max_sequences=workers.max_sequences,
         cache_tokens=workers.cache_tokens,
+        prefix_tokens=workers.prefix_tokens,
         local_store=directory / "snapshots",
+        allow_programs=True,
     )
-    async with working(fabric, ticket, options, part=part) as worker:
+    async with working(fabric, ticket, options, part=part, sessions=sessions) as worker:
         process.worker = worker
         acting, learning = asyncio.create_task(worker.run()), asyncio.create_task(process.run())
         try:

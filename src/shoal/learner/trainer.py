@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from shoal.config.learner import GspoLoss, Learner
+from shoal.config.learner import CustomLoss, GspoLoss, Learner
 from shoal.engine.grammar import Grammars
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import ConfigError, RecordError, RunError, StorageError
@@ -36,6 +36,7 @@ from shoal.learner.forward import prepare, response_logprobs
 from shoal.learner.loading import no_progress_bars
 from shoal.learner.lora import adapters_off, add_adapters, merged_tensors
 from shoal.learner.losses.common import LossOutput, RatioStats, TokenInputs
+from shoal.learner.losses.custom import custom_loss, find_loss
 from shoal.learner.losses.grpo import grpo_loss
 from shoal.learner.losses.gspo import gspo_loss
 from shoal.learner.losses.normalisation import Denominators, token_weights
@@ -97,6 +98,8 @@ class Trainer:
             raise ConfigError("normalisation = 'dr_grpo' needs the token limit of a response.")
         if settings.lr_schedule != "constant" and total_steps < 1:
             raise ConfigError(f"lr_schedule = '{settings.lr_schedule}' needs the number of steps.")
+        if isinstance(settings.loss, CustomLoss):
+            find_loss(settings.loss.function)  # before the first batch is waited for
         self.model = model
         self.settings = settings
         self._total_steps = total_steps
@@ -118,6 +121,7 @@ class Trainer:
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             grad_clip=settings.grad_clip,
+            kind=settings.optimizer,
         )
 
     def _learning_rate(self) -> float:
@@ -221,6 +225,8 @@ class Trainer:
         )
         if settings.kl_beta > 0:
             inputs = replace(inputs, reference=self._reference_logprobs(micro, allowed))
+        if isinstance(settings, CustomLoss):
+            return custom_loss(inputs, settings, entropy)
         if isinstance(settings, GspoLoss):
             return gspo_loss(inputs, settings, entropy)
         return grpo_loss(inputs, settings, entropy)

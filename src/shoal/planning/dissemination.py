@@ -6,6 +6,11 @@ source sends it these and it sends them to all others. What the relays cannot ca
 
     x_i = u_i T* / (M (N - 1))  at most, in proportion to u_i, until Σ x_i = 1;   the source's own share x_0 = 1 - Σ x_i
 
+Chunks are whole things: a relay passes one on in f_i = c (N - 1) / u_i seconds, where c is its size. So each chunk of
+the relays' part goes to whoever would have passed it on first, with (k_i + 1) f_i the smallest for k_i chunks given
+already; who is so slow that one chunk takes longer than everything else gets none. The k-th of a relay's n_i chunks has
+its place at k / n_i of the stream: the first at once, and the last early enough to be passed on.
+
 If a relay is gone, each of its chunks falls to another one, for every node to the same one, by weighted rendezvous
 hashing: nobody has to be told, and those who remain share the work by their uplinks.
 
@@ -16,14 +21,21 @@ a chunk never include the node itself, are the same for all nodes otherwise, and
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from shoal.planning.spreading import fluid_s
 
 SOURCE = -1
 """In place of a receiver's number: the source."""
+
+HEADER_SHARE = 0.06
+"""Of what a link carries: headers of TCP, IP and TLS on packets of 1500 bytes, and what is sent again."""
+
+ANSWER_SHARE = 0.02
+"""Of what a node takes, as much leaves by its uplink in acknowledgements: 52 bytes for every other packet."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,31 @@ def shares(source_up: float, receivers: Sequence[Receiver]) -> tuple[float, ...]
     return tuple(share * scale for share in most)
 
 
+def carried(source_up: float, receivers: Sequence[Receiver]) -> tuple[float, tuple[Receiver, ...]]:
+    """The uplinks of the source and the receivers as far as they are there for the snapshot itself.
+
+    It matters for those with slow uplinks: at 5 Mb/s, what one acknowledges while it takes 60 Mb/s is a fifth of it.
+    """
+    downs = [r.down_bytes_per_s for r in receivers]
+    taken_per_s = 1.0 / fluid_s(1.0, source_up, [r.up_bytes_per_s for r in receivers], downs) if receivers else 0.0
+    left = 1.0 - HEADER_SHARE
+    ups = (max(0.0, left * r.up_bytes_per_s - ANSWER_SHARE * taken_per_s) for r in receivers)
+    return left * source_up, tuple(replace(r, up_bytes_per_s=up) for r, up in zip(receivers, ups, strict=True))
+
+
+def deal(num_chunks: int, rates: Mapping[int, float]) -> dict[int, int]:
+    """How many chunks each sender gets, by number, if each chunk goes to whoever would be done with it first."""
+    counts = dict.fromkeys(rates, 0)
+    # By when each would be done with one chunk more, in any unit.
+    ends = [(1.0 / rate, number) for number, rate in rates.items()]
+    heapq.heapify(ends)
+    for _ in range(num_chunks):
+        _, number = ends[0]
+        counts[number] += 1
+        heapq.heapreplace(ends, ((counts[number] + 1) / rates[number], number))
+    return counts
+
+
 @dataclass(frozen=True)
 class Plan:
     """Who relays what.
@@ -77,17 +114,22 @@ class Plan:
         object.__setattr__(self, "relays", self._assign())
 
     def _assign(self) -> tuple[int, ...]:
-        """Stripes interleaved: each chunk to whoever is furthest behind its share."""
+        """Stripes interleaved, each evenly over the stream."""
+        counts = self._counts()
+        placed = [
+            (k / count, -1.0 if number == SOURCE else self.receivers[number].up_bytes_per_s, number)
+            for number, count in counts.items()
+            for k in range(count)
+        ]
+        # Of those with the same place the slowest first: its chunk takes the longest from then on.
+        return tuple(number for _, _, number in sorted(placed))
+
+    def _counts(self) -> dict[int, int]:
+        """Chunks of each relay, and of the source itself."""
         own = shares(self.source_up, self.receivers)
-        parts = [*own, max(0.0, 1.0 - sum(own))]
-        due = [0.0] * len(parts)
-        relays = []
-        for _ in range(self.num_chunks):
-            due = [behind + part for behind, part in zip(due, parts, strict=True)]
-            chosen = max(range(len(parts)), key=due.__getitem__)
-            due[chosen] -= 1.0
-            relays.append(chosen if chosen < len(own) else SOURCE)
-        return tuple(relays)
+        relayed = round(sum(own) * self.num_chunks)
+        ups = {number: r.up_bytes_per_s for number, r in enumerate(self.receivers) if own[number] > 0}
+        return {SOURCE: self.num_chunks - relayed, **deal(relayed, ups)}
 
     def number_of(self, name: str) -> int | None:
         """A receiver's number; `None` for a node that joined after the plan was made."""
@@ -110,3 +152,11 @@ class Plan:
         digest = hashlib.blake2b(f"{chunk} {receiver.name}".encode(), digest_size=8).digest()
         uniform = (int.from_bytes(digest, "big") + 1) / (2**64 + 2)
         return receiver.up_bytes_per_s / -math.log(uniform)
+
+
+class HolderPlan(Plan):
+    """Who sends which chunk to one node that comes late: the source, and the receivers, who have everything already."""
+
+    def _counts(self) -> dict[int, int]:
+        ups = {number: r.up_bytes_per_s for number, r in enumerate(self.receivers) if r.up_bytes_per_s > 0}
+        return deal(self.num_chunks, {SOURCE: self.source_up, **ups})

@@ -38,7 +38,8 @@ class LeaseBook:
     counts: Counter[str] = field(default_factory=Counter)
     ended: dict[str, str] = field(default_factory=dict)
     _held_by: dict[str, dict[str, Holding]] = field(default_factory=dict)
-    """The same running leases by node, so that a loss costs no walk over all of them."""
+    """The same running leases by node, so that a loss costs no walk over all of them; without those that wait for a
+    verdict."""
 
     def grant(self, lease_id: str, node_id: str, rollouts: int, duration_s: float, now: float) -> None:
         """Open a lease; its id has never been used."""
@@ -58,6 +59,13 @@ class LeaseBook:
             holding.progress = tokens
             holding.deadline = now + holding.duration_s
         return True
+
+    def hold(self, lease_id: str, now: float, duration_s: float) -> None:
+        """What a lease is for was handed in, and its verdict waits: it outlives its worker, and ends by `finish`, or
+        after `duration_s`."""
+        holding = self.running[lease_id]
+        holding.deadline = now + duration_s
+        self._held_by[holding.node_id].pop(lease_id)
 
     def finish(self, lease_id: str, node_id: str, *, accepted: int, rejected: int, void: int) -> bool:
         """Close a lease by its submission; False if it is not this node's to close."""
@@ -100,10 +108,10 @@ class LeaseBook:
 
     def _end(self, holding: Holding, how: str) -> None:
         del self.running[holding.lease_id]
-        held = self._held_by[holding.node_id]
-        del held[holding.lease_id]
+        held = self._held_by.get(holding.node_id, {})
+        held.pop(holding.lease_id, None)  # what waits for its verdict is no longer among them
         if not held:
-            del self._held_by[holding.node_id]
+            self._held_by.pop(holding.node_id, None)
         self.ended[holding.lease_id] = how
         while len(self.ended) > KEEP_ENDED:
             del self.ended[next(iter(self.ended))]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from shoal.planning.staleness import is_fresh, may_start
@@ -84,6 +85,12 @@ class GroupQueue:
         self._started.pop(number, None)
         self.buffered[number] = version
         self.counts["accepted"] += 1
+
+    def discard(self, numbers: Iterable[int]) -> list[int]:
+        """Sweep these groups, whatever their version, if they are buffered; gives those that were."""
+        gone = [number for number in numbers if self.buffered.pop(number, None) is not None]
+        self.counts["swept"] += len(gone)
+        return gone
 
     def take(self, step: int) -> tuple[list[int] | None, list[int]]:
         """The batch of the step that starts from version `step`, or None while too few are ready; and what was swept.

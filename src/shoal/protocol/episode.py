@@ -3,6 +3,9 @@
 Invariants: the token sequence of an episode is the concatenation, turn by turn, of `context_ids` and
 `completion.token_ids`, and nothing is ever tokenised again. An infrastructure failure is `void` with its reason and
 carries no reward: it is never reward 0. A `done` episode has a finite reward.
+
+An agent that keeps several conversations, or forks one, gives a tree: a turn names the one that it continues (`after`),
+an earlier one always. Each path from a root to a leaf is one sequence, a *branch*.
 """
 
 from __future__ import annotations
@@ -45,6 +48,8 @@ class Turn(Record, frozen=True):
     completion: Completion
     grammar: Grammar | None = None
     """What the completion had to match: its log-probabilities are those of the tokens that this allows."""
+    after: int | None = None
+    """Index of the turn that this one continues, -1 for none; absent: the one before it in the list."""
 
 
 class Episode(Record, frozen=True):
@@ -61,6 +66,8 @@ class Episode(Record, frozen=True):
     reward: float = 0.0
     reward_parts: dict[str, float] = {}
     void_reason: str = ""
+    output: str = ""
+    """What an agent's program gave as its result; empty where there is no such program."""
     temperature: float = 1.0
     worker: str = ""
     """Node id of the worker that acted."""
@@ -82,11 +89,15 @@ class Episode(Record, frozen=True):
             raise RecordError("an episode's temperature is negative or not finite.")
         if not (math.isfinite(self.started_at) and math.isfinite(self.finished_at)):
             raise RecordError("an episode's times are not finite.")
-        for turn in self.turns:
+        if len(self.output) > MAX_TEXT_CHARS:
+            raise RecordError("an episode's output is too long.")
+        for number, (turn, parent) in enumerate(zip(self.turns, self.parents, strict=True)):
             turn.completion.check()
             if turn.grammar is not None:
                 turn.grammar.check()
-            if not turn.context_ids and turn is self.turns[0]:
+            if not -1 <= parent < number:
+                raise RecordError(f"an episode's turn {number} continues turn {parent}, which is not before it.")
+            if not turn.context_ids and parent < 0:
                 raise RecordError("an episode's first turn has no context.")
             if any(t < 0 for t in turn.context_ids):
                 raise RecordError("an episode has a negative token id.")
@@ -97,6 +108,32 @@ class Episode(Record, frozen=True):
     def num_tokens(self) -> int:
         """Tokens drawn by the agent, over all turns."""
         return sum(len(turn.completion.token_ids) for turn in self.turns)
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """Of each turn, the turn that it continues; -1 for none."""
+        return tuple(number - 1 if turn.after is None else turn.after for number, turn in enumerate(self.turns))
+
+    @property
+    def branches(self) -> tuple[tuple[int, ...], ...]:
+        """Every path from a root to a leaf, as indices of turns, in the order of the leaves."""
+        parents = self.parents
+        found = []
+        for leaf in sorted(set(range(len(parents))) - set(parents)):
+            path = [leaf]
+            while (parent := parents[path[-1]]) >= 0:
+                path.append(parent)
+            found.append(tuple(reversed(path)))
+        return tuple(found)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest branch, contexts and completions."""
+        lengths: list[int] = []
+        for turn, parent in zip(self.turns, self.parents, strict=True):
+            own = len(turn.context_ids) + len(turn.completion.token_ids)
+            lengths.append(own + (lengths[parent] if parent >= 0 else 0))
+        return max(lengths, default=0)
 
     @property
     def version(self) -> int:

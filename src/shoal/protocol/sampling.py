@@ -23,6 +23,11 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 """`stop`: an end token or a stop string; `length`: the token limit; the others are infrastructure's doing."""
 
 
+SwapPolicy = Literal["keep", "recompute", "finish"]
+"""What becomes of completions under way when new weights are put in place: they go on with the cache they have, with a
+cache computed again under the new weights, or end first under the old ones."""
+
+
 class SamplingParams(Record, frozen=True):
     """How tokens are drawn."""
 

@@ -191,8 +191,12 @@ class PeerRecord(Record, frozen=True):
     """What it can send; 0 if it does not know."""
     down_bytes_per_s: float = 0.0
     """What it can take; 0 if it does not know."""
+    whole: int = -1
+    """The version whose whole bytes it has, and all changes since; -1: none."""
 
     def check(self) -> None:
+        if self.whole < -1:
+            raise RecordError("a peer claims to have a version that cannot be.")
         if len(self.host) > 253 or not 0 <= self.port <= 65535 or bool(self.host) != bool(self.port):
             raise RecordError("a peer's address is none.")
         if not (0 <= self.up_bytes_per_s <= 1e12 and 0 <= self.down_bytes_per_s <= 1e12):
@@ -216,11 +220,13 @@ class PeerList(Record, frozen=True):
 
     source: Peer
     peers: tuple[Peer, ...]
+    holders: tuple[Peer, ...] = ()
+    """Some who have a whole version, for those who come late; not the same for everyone."""
 
     def check(self) -> None:
-        if len(self.peers) > MAX_PEERS:
+        if len(self.peers) > MAX_PEERS or len(self.holders) > MAX_PEERS:
             raise RecordError(f"a list names more than {MAX_PEERS} peers.")
-        for peer in (self.source, *self.peers):
+        for peer in (self.source, *self.peers, *self.holders):
             peer.check()
         if len({peer.public_key for peer in self.peers}) != len(self.peers):
             raise RecordError("a list names a peer twice.")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from shoal.errors import RecordError
 from shoal.protocol.codec import Record
 from shoal.protocol.episode import Episode, Task
-from shoal.protocol.sampling import SamplingParams
+from shoal.protocol.sampling import SamplingParams, SwapPolicy
 
 LeaseKind = Literal["train", "eval"]
 
@@ -28,6 +28,8 @@ class WorkSpec(Record, frozen=True):
     """Environment name -> its settings, as in the configuration."""
     context_tokens: int
     heartbeat_s: float
+    on_swap: SwapPolicy = "keep"
+    """What becomes of completions under way when the weights change."""
     protocol: int = 1
 
 
@@ -76,6 +78,36 @@ class LeaseReply(Record, frozen=True):
     """The run is over; the worker leaves."""
 
 
+MAX_ARRIVALS = 64
+MAX_FEEDERS = 4096
+
+
+class Fetching(Record, frozen=True):
+    """A version that is on its way to a worker."""
+
+    version: int
+    bytes_done: int
+    bytes_total: int
+
+    def check(self) -> None:
+        if not 0 <= self.bytes_done <= self.bytes_total:
+            raise RecordError("a worker has fetched more of a version than there is.")
+
+
+class Arrived(Record, frozen=True):
+    """A version has come to a worker."""
+
+    version: int
+    seconds: float
+    by_source: dict[str, int]
+    """Bytes by the id of the node that sent them."""
+
+    def check(self) -> None:
+        smallest = min(self.by_source.values(), default=0)
+        if not 0 <= self.seconds < 1e9 or len(self.by_source) > MAX_FEEDERS or smallest < 0:
+            raise RecordError("a worker says impossible things of how a version came to it.")
+
+
 class Heartbeat(Record, frozen=True):
     """A worker is alive and has made progress on its leases."""
 
@@ -84,6 +116,17 @@ class Heartbeat(Record, frozen=True):
     leases: dict[str, int]
     """Lease id -> tokens sampled so far under it."""
     tokens_per_s: float = 0.0
+    fetching: Fetching | None = None
+    arrived: tuple[Arrived, ...] = ()
+    """Versions that came since the last heartbeat that was answered."""
+
+    def check(self) -> None:
+        if self.fetching is not None:
+            self.fetching.check()
+        if len(self.arrived) > MAX_ARRIVALS:
+            raise RecordError("a worker tells of too many versions at once.")
+        for arrived in self.arrived:
+            arrived.check()
 
 
 class HeartbeatReply(Record, frozen=True):
@@ -109,7 +152,8 @@ class Submission(Record, frozen=True):
 
 
 class SubmissionReply(Record, frozen=True):
-    """What became of each episode: accepted, rejected, void, duplicate or late."""
+    """What became of each episode: accepted, rejected, void, duplicate or late; or `checking`, where that will turn out
+    later."""
 
     verdicts: dict[str, str]
 

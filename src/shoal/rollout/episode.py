@@ -17,12 +17,9 @@ from shoal.envs.base import Environment
 from shoal.errors import ShoalError
 from shoal.protocol.episode import MAX_TURNS, Episode, Outcome, Task, Turn
 from shoal.protocol.sampling import Sampler, SampleRequest, SamplingParams
+from shoal.rollout.session import SEED_STRIDE
 
 log = logging.getLogger("shoal.rollout")
-
-SEED_STRIDE = 0x9E3779B97F4A7C15
-"""Spreads the sampling seeds of an episode's turns (the golden ratio in 64 bits)."""
-
 
 MAX_REASON_CHARS = 1000
 

@@ -20,14 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from shoal.broadcast.fetch import Fetcher
+from shoal.broadcast.fetch import Progress as FetchProgress
 from shoal.broadcast.publisher import announcements
 from shoal.broadcast.relay import relaying
 from shoal.broadcast.store import Store
 from shoal.broadcast.tensors import TensorView
 from shoal.engine.local import LocalEngine, pick_device
+from shoal.engine.merging import merged
 from shoal.engine.source import Progress, resolve
+from shoal.envs.external import commands
 from shoal.envs.registry import make
-from shoal.errors import NetworkError, StorageError
+from shoal.errors import NetworkError, StorageError, TaskError
 from shoal.fabric.desk import Account, Desk
 from shoal.fabric.endpoint import Endpoint, is_loopback
 from shoal.fabric.errors import RemoteError
@@ -35,6 +38,9 @@ from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity, data_dir
 from shoal.fabric.ticket import Ticket
 from shoal.fabric.waits import waiting
+from shoal.protocol.work import Arrived, Fetching
+from shoal.rollout.external import ExternalActing
+from shoal.rollout.external import Sessions as SessionDoor
 from shoal.rollout.link import Part, taking_part, work_spec
 from shoal.rollout.worker import Worker
 
@@ -58,6 +64,7 @@ class WorkerOptions:
     device: str = "auto"
     max_sequences: int = 64
     cache_tokens: int = 16384
+    prefix_tokens: int = 0
     identity: Path | None = None
     """Where its key lies; by default the first of this user's worker identities that no other process uses."""
     local_store: Path | None = None
@@ -65,11 +72,19 @@ class WorkerOptions:
     relay_host: str = ""
     """Address on which other workers may take snapshots' chunks from this one; empty: chunks come through the fabric,
     and are not passed on."""
+    snapshots_gb: float | None = None
+    """What snapshots may take on this machine's disk; they are removed at the end in any case."""
     join_timeout_s: float = 30.0
     price_usd_per_hour: float = 0.0
     """What its owner wants for it, or pays for it; told to the run."""
     region: str = ""
     """Where it stands, in its owner's words; told to the run."""
+    allow_programs: bool = False
+    """Start the agent programs that the run's configuration names. They are not confined."""
+
+
+Sessions = Callable[[LocalEngine], AbstractAsyncContextManager[SessionDoor]]
+"""Opens, over an engine, what agent programs reach the model through."""
 
 
 def model_cache() -> Path:
@@ -103,6 +118,7 @@ async def working(
     options: WorkerOptions,
     *,
     part: Part | None = None,
+    sessions: Sessions | None = None,
     progress: Progress = lambda _: None,
     on_event: Callable[[str, dict[str, Any]], None] = lambda *_: None,
 ) -> AsyncIterator[Worker]:
@@ -110,6 +126,7 @@ async def working(
 
     Args:
         part: where this node has joined already, in another role beside this one.
+        sessions: how agent programs reach the model, where the run has such; needs `allow_programs`.
 
     Raises:
         JoinRefused, NetworkError, ModelError, TaskError: why it cannot take part.
@@ -125,7 +142,7 @@ async def working(
             part = await stack.enter_async_context(_joining(fabric, ticket, name, options))
             desk = Desk(fabric, name, "worker", account, part.member.is_granted, device=options.device)
             await stack.enter_async_context(desk)
-        async with _worker(fabric, ticket, options, part, progress, on_event) as worker:
+        async with _worker(fabric, ticket, options, part, sessions, progress, on_event) as worker:
             ready.append(worker)
             yield worker
 
@@ -155,12 +172,19 @@ async def _worker(
     ticket: Ticket,
     options: WorkerOptions,
     part: Part,
+    sessions: Sessions | None,
     progress: Progress,
     on_event: Callable[[str, dict[str, Any]], None],
 ) -> AsyncIterator[Worker]:
     learner_key, member = part.reply.learner_key, part.member
     spec = work_spec(part.reply)
     environments = {env: make(what["type"], what["settings"], name=env) for env, what in spec.envs.items()}
+    programs = commands(list(environments.values()))
+    if programs and not options.allow_programs:
+        raise TaskError(
+            f"the run would have this machine start {' '.join(programs[0])[:200]!r}.",
+            "Where you trust whoever started the run: shoal worker --allow-programs.",
+        )
     with waiting(f"model {spec.model!r} to be here", until="it is fetched and converted", usual_s=MODEL_USUAL_S):
         model = await asyncio.to_thread(resolve, spec.model, model_cache(), progress)
     with waiting("the engine to start", until="its weights are loaded", usual_s=MODEL_USUAL_S):
@@ -172,10 +196,13 @@ async def _worker(
             threads=options.threads,
             max_sequences=options.max_sequences,
             cache_tokens=options.cache_tokens,
+            prefix_tokens=options.prefix_tokens,
             context_tokens=spec.context_tokens,
+            on_swap=spec.on_swap,
         )
     scratch = data_dir() / "snapshots" / f"{ticket.run}-{fabric.identity.node_id}"
-    store = Store(scratch, run=ticket.run, trusted_key=learner_key, durable=False)
+    limit = 1e9 * (options.snapshots_gb or float("inf"))
+    store = Store(scratch, run=ticket.run, trusted_key=learner_key, durable=False, max_bytes=limit)
     links = AsyncExitStack()
     relay, record = None, None
     if options.relay_host:
@@ -203,9 +230,10 @@ async def _worker(
     async def fetch(version: int) -> Mapping[str, TensorView]:
         before = fetcher.bytes_fetched
 
-        def on_progress(_: object) -> None:
+        def on_progress(now: FetchProgress) -> None:
             nonlocal before
             weights.moved()
+            worker.arrivals.fetching = Fetching(**now._asdict())
             worker.fetched(fetcher.bytes_fetched - before)
             before = fetcher.bytes_fetched
 
@@ -219,8 +247,13 @@ async def _worker(
                     raise
                 await member.introduce(learner_key)
                 snapshot = await fetcher.fetch(version, on_progress=on_progress)
-        return snapshot.tensors
+        worker.arrivals.here(Arrived(version=snapshot.version, **snapshot.arrival._asdict()))
+        return await asyncio.to_thread(merged, model, snapshot.tensors)
 
+    external = None
+    if programs and sessions is not None:
+        external = ExternalActing(await links.enter_async_context(sessions(engine)), context_tokens=spec.context_tokens)
+        links.push_async_callback(external.close)
     worker = Worker(
         part.link,
         spec,
@@ -228,19 +261,32 @@ async def _worker(
         environments,
         source,
         max_sequences=options.max_sequences,
+        external=external,
         on_event=on_event,
     )
-    hearing = asyncio.create_task(_hear(fabric, learner_key, worker))
+    side = [asyncio.create_task(_hear(fabric, learner_key, worker))]
+    if record is not None:
+        side.append(asyncio.create_task(_introduce(fetcher)))
     try:
         yield worker
     finally:
-        hearing.cancel()
-        await asyncio.gather(hearing, return_exceptions=True)
+        for task in side:
+            task.cancel()
+        await asyncio.gather(*side, return_exceptions=True)
         weights.end()
+        fetcher.close()
         await links.aclose()
         await engine.close()
         with contextlib.suppress(OSError):
             shutil.rmtree(scratch)
+
+
+async def _introduce(fetcher: Fetcher) -> None:
+    """Be among those with whom the next version is shared; who is not yet there when it comes just takes it."""
+    try:
+        await fetcher.introduce()
+    except NetworkError as error:
+        log.info("this node will be introduced with its first fetch: %s", error)
 
 
 async def _hear(fabric: Fabric, learner_key: bytes, worker: Worker) -> None:

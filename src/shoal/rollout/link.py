@@ -30,6 +30,8 @@ from shoal.protocol.node import JoinReply
 from shoal.protocol.roster import SwarmRole
 from shoal.protocol.work import (
     Ack,
+    Arrived,
+    Fetching,
     Heartbeat,
     HeartbeatReply,
     LeaseReply,
@@ -200,11 +202,26 @@ class RunLink:
             reply.lease.check()
         return reply
 
-    async def heartbeat(self, version: int, leases: dict[str, int], tokens_per_s: float) -> HeartbeatReply:
-        """Show that this node lives and what progress its leases made."""
+    async def heartbeat(
+        self,
+        version: int,
+        leases: dict[str, int],
+        tokens_per_s: float,
+        *,
+        fetching: Fetching | None = None,
+        arrived: tuple[Arrived, ...] = (),
+    ) -> HeartbeatReply:
+        """Show that this node lives, what progress its leases made, and how the policy's versions come to it."""
         if self._member is not None and leases and tokens_per_s > 0:
             self._member.update(tokens_per_s=tokens_per_s)
-        beat = Heartbeat(node_id=self.node_id, version=max(0, version), leases=leases, tokens_per_s=tokens_per_s)
+        beat = Heartbeat(
+            node_id=self.node_id,
+            version=max(0, version),
+            leases=leases,
+            tokens_per_s=tokens_per_s,
+            fetching=fetching,
+            arrived=arrived,
+        )
         return await self.call("heartbeat", beat, HeartbeatReply)
 
     async def submit(self, submission: Submission) -> SubmissionReply:

@@ -19,14 +19,18 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from msgspec.structs import replace
 
 from shoal.engine.local import MAX_REQUESTS, LocalEngine
+from shoal.engine.sequence import Drawn
+from shoal.engine.shaping import Shaping
 from shoal.envs.base import Environment
+from shoal.envs.external import External
 from shoal.errors import ModelError, NetworkError, ShoalError
 from shoal.fabric.desk import Account
 from shoal.fabric.errors import RemoteError
@@ -35,7 +39,9 @@ from shoal.protocol.episode import Episode
 from shoal.protocol.sampling import Completion, SampleRequest
 from shoal.protocol.status import QueueState
 from shoal.protocol.work import Lease, Submission, WorkSpec
+from shoal.rollout.arrivals import Arrivals
 from shoal.rollout.episode import EpisodeSpec, run_episode
+from shoal.rollout.external import ExternalActing
 from shoal.rollout.link import DEADLINE_S, RunLink
 from shoal.rollout.patience import LOST_AFTER_S, RETRY_S, Patience
 from shoal.rollout.policy import Policy, Source
@@ -62,6 +68,8 @@ class _Job:
     progress: int = 0
     num_drawing: int = 0
     """Its requests in the engine."""
+    num_programs: int = 0
+    """Agent programs that act for it; their own deadline bounds them."""
     acting: bool = False
     task: asyncio.Task[None] | None = None
 
@@ -77,6 +85,21 @@ class _Job:
         self.progress += len(completion.token_ids)
         return completion
 
+    async def draws(self, request: SampleRequest, shaping: Shaping) -> AsyncGenerator[Drawn | Completion]:
+        """As `sample`, token by token."""
+        self.num_drawing += 1
+        try:
+            async with aclosing(self.engine.draws(request, shaping)) as found:
+                async for drawn in found:
+                    if isinstance(drawn, Completion):
+                        self.progress += len(drawn.token_ids)
+                    yield drawn
+        except ModelError as error:
+            self.on_failure(error)
+            raise
+        finally:
+            self.num_drawing -= 1
+
 
 class Worker:
     """One worker process's loop.
@@ -86,6 +109,7 @@ class Worker:
         environments: by the names that tasks carry.
         source: fetches a policy version, verified.
         max_sequences: rollouts at once.
+        external: acts where an environment's agent is a program of its own; absent: such rollouts are void.
         on_event: told (kind, data) of what people may want to see.
     """
 
@@ -98,8 +122,10 @@ class Worker:
         source: Source,
         *,
         max_sequences: int,
+        external: ExternalActing | None = None,
         on_event: Callable[[str, dict[str, Any]], None] = lambda *_: None,
     ) -> None:
+        self._external = external
         self._link = link
         self._spec = spec
         self._engine = engine
@@ -111,6 +137,7 @@ class Worker:
         self._over = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._bytes_fetched = 0
+        self.arrivals = Arrivals()
         self._news = asyncio.Event()
         self._patience = Patience()
         self._rate: deque[tuple[float, int]] = deque(maxlen=256)
@@ -263,9 +290,20 @@ class Worker:
         env = self._envs.get(task.env)
         if env is None:
             return self._void(lease, index, f"this worker has no environment '{task.env}'")
+        if isinstance(env, External):
+            return await self._program(job, spec, env)
         return await run_episode(
             spec, job, self._engine.tokenizer, env.fresh(), context_tokens=self._spec.context_tokens
         )
+
+    async def _program(self, job: _Job, spec: EpisodeSpec, env: External) -> Episode:
+        if self._external is None:
+            return self._void(job.lease, spec.index, "this worker starts no programs (shoal worker --allow-programs)")
+        job.num_programs += 1
+        try:
+            return await self._external.run_episode(spec, env, job.draws)
+        finally:
+            job.num_programs -= 1
 
     def _void(self, lease: Lease, index: int, reason: str) -> Episode:
         now = time.time()
@@ -292,16 +330,21 @@ class Worker:
             self._rate.append((time.monotonic(), drawn))
             for job in self._jobs.values():
                 job.progress += (drawn - last_drawn) if job.num_drawing else 0
+                job.progress += job.num_programs
                 job.progress += (fetched - last_fetched) if not job.acting else 0
             last_drawn, last_fetched = drawn, fetched
             progress = {lease_id: job.progress for lease_id, job in self._jobs.items()}
             try:
                 with waiting("an answer to its heartbeat", whom="coordinator", deadline_s=DEADLINE_S):
-                    reply = await self._link.heartbeat(self.policy.version, progress, self._tokens_per_s())
+                    fetching, told = self.arrivals.fetching, self.arrivals.untold
+                    reply = await self._link.heartbeat(
+                        self.policy.version, progress, self._tokens_per_s(), fetching=fetching, arrived=told
+                    )
             except NetworkError as error:
                 await self._patience.unanswered(error)
                 continue
             self._patience.answered()
+            self.arrivals.told(told)
             if reply.newest_version > self.policy.newest:
                 self.published(reply.newest_version)
             for lease_id in reply.gone:
@@ -334,7 +377,7 @@ class Worker:
         elif acting:
             doing = f"samples {rollouts} rollouts under version {self.policy.version}"
         elif self._jobs:
-            doing = f"gets version {self.policy.newest}"
+            doing = f"gets version {self.policy.newest}{self.arrivals.share}"
         else:
             doing = "has no lease"
         held = "\n".join(

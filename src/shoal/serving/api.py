@@ -7,10 +7,11 @@ is cancelled; nothing takes longer than `request_timeout_s`.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,10 +19,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from shoal.config import Serving
+from shoal.engine.embedding import Embedder
 from shoal.engine.grammar import Constraint
 from shoal.engine.shaping import PLAIN, Shaping
 from shoal.errors import ConfigError, ModelError
-from shoal.protocol.sampling import SamplingParams
+from shoal.protocol.sampling import Grammar, SamplingParams
 from shoal.serving.backend import Engine
 from shoal.serving.dialect import Dialect
 from shoal.serving.errors import ApiError, bad_request
@@ -50,6 +52,11 @@ class Api:
     model: str
     """The name that clients give."""
     settings: Serving
+    adapters: tuple[str, ...] = ()
+    """Names that the engine takes; clients say `MODEL:NAME`."""
+    embedder: Embedder | None = None
+    embedding_model: str = ""
+    """The name that clients give, where there is an embedder."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -76,9 +83,20 @@ class Api:
             raise ApiError(408, "The body did not arrive in time.") from None
         return bytes(found)
 
-    def check_model(self, name: str) -> None:
-        if name != self.model:
-            raise ApiError(404, f"The model '{name}' is not served here.", code="model_not_found", param="model")
+    @property
+    def models(self) -> list[str]:
+        """All names that clients may give."""
+        embedding = [self.embedding_model] if self.embedder else []
+        return [self.model, *(f"{self.model}:{name}" for name in self.adapters), *embedding]
+
+    def adapter_of(self, name: str) -> str:
+        """The adapter that a model's name asks for, or none; refuses what does not draw tokens."""
+        if name == self.model:
+            return ""
+        adapter = name.removeprefix(f"{self.model}:")
+        if adapter == name or adapter not in self.adapters:
+            raise unknown(name)
+        return adapter
 
     def params(self, body: Sampling, max_tokens: int | None, prompt_tokens: int) -> SamplingParams:
         """The engine's parameters. Where no limit is named: what the context leaves, up to `DEFAULT_MAX_TOKENS`."""
@@ -93,11 +111,17 @@ class Api:
         )
 
     async def shaping(
-        self, body: Sampling, num_top: int, lark: str | None = None, response_format: ResponseFormat | None = None
+        self,
+        body: Sampling,
+        num_top: int,
+        lark: str | None = None,
+        response_format: ResponseFormat | None = None,
+        *,
+        adapter: str = "",
     ) -> Callable[[], Shaping]:
         """How choices are shaped: penalties, biases, and a grammar if there is one, which is tried out first."""
         bias = _bias(body.logit_bias or {}, self.engine.tokenizer.vocab_size)
-        plain = Shaping(None, bias, body.presence_penalty or 0.0, body.frequency_penalty or 0.0, num_top)
+        plain = Shaping(None, bias, body.presence_penalty or 0.0, body.frequency_penalty or 0.0, num_top, adapter)
         made = self._constraint(lark, response_format)
         if made is None:
             return lambda: PLAIN if plain == PLAIN else plain
@@ -105,26 +129,22 @@ class Api:
             await asyncio.to_thread(made)
         except (ConfigError, ModelError) as error:
             raise bad_request(str(error), "response_format" if lark is None else "tools") from None
-        return lambda: Shaping(made(), bias, plain.presence_penalty, plain.frequency_penalty, num_top)
+        return lambda: replace(plain, constraint=made())
 
     def _constraint(self, lark: str | None, asked: ResponseFormat | None) -> Callable[[], Constraint] | None:
-        if lark is not None:
-            return lambda: self.engine.grammars.lark(lark)
-        if isinstance(asked, JsonFormat):
-            return lambda: self.engine.grammars.json_schema({"type": "object"})
-        if isinstance(asked, SchemaFormat):
-            schema = asked.json_schema.schema_ or {"type": "object"}
-            return lambda: self.engine.grammars.json_schema(schema)
-        if isinstance(asked, RegexFormat):
-            return lambda: self.engine.grammars.regex(asked.regex)
-        if isinstance(asked, GrammarFormat):
-            return lambda: self.engine.grammars.lark(asked.lark)
-        return None
+        grammar = asked_grammar(lark, asked)
+        return None if grammar is None else lambda: self.engine.grammars.constraint(grammar)
 
     async def answer(self, request: Request, job: Job, work: Callable[[], Awaitable[dict[str, Any]]]) -> Response:
         """A whole JSON answer, unless the client goes before it is there."""
         check(self.engine, job)
-        with self.gate.enter(job.size, time.monotonic()) as stay:
+        return await self.answer_within(request, job.size, work)
+
+    async def answer_within(
+        self, request: Request, size: int, work: Callable[[], Awaitable[dict[str, Any]]]
+    ) -> Response:
+        """The same for work that takes as many of the gate's places."""
+        with self.gate.enter(size, time.monotonic()) as stay:
             found = await self._while_listened(request, work())
             stay.end(time.monotonic())
         return json_response(found)
@@ -162,6 +182,25 @@ class Api:
             for one in (task, watch):
                 one.cancel()
             await asyncio.gather(task, watch, return_exceptions=True)
+
+
+def asked_grammar(lark: str | None, asked: ResponseFormat | None) -> Grammar | None:
+    """What a completion must match: its tools' grammar, or the response format; None where it is free."""
+    if lark is not None:
+        return Grammar(kind="lark", text=lark)
+    if isinstance(asked, JsonFormat):
+        return Grammar(kind="json_schema", text='{"type": "object"}')
+    if isinstance(asked, SchemaFormat):
+        return Grammar(kind="json_schema", text=json.dumps(asked.json_schema.schema_ or {"type": "object"}))
+    if isinstance(asked, RegexFormat):
+        return Grammar(kind="regex", text=asked.regex)
+    if isinstance(asked, GrammarFormat):
+        return Grammar(kind="lark", text=asked.lark)
+    return None
+
+
+def unknown(name: str) -> ApiError:
+    return ApiError(404, f"The model '{name}' is not served here.", code="model_not_found", param="model")
 
 
 def json_response(body: dict[str, Any], status: int = 200) -> Response:

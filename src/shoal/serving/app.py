@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -12,15 +12,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from shoal.serving.api import Api, json_response
+from shoal.serving.api import Api, json_response, unknown
 from shoal.serving.chat import chat
 from shoal.serving.completions import completions
 from shoal.serving.door import Door, api_error, client_gone, defect, http_error
+from shoal.serving.embeddings import embeddings
 from shoal.serving.errors import ApiError
 from shoal.serving.keys import Keys
 from shoal.serving.openapi import describe
 from shoal.serving.responses import ResponseBody, responses
-from shoal.serving.schema import ChatBody, CompletionBody
+from shoal.serving.schema import ChatBody, CompletionBody, EmbeddingBody
+from shoal.serving.sessions import House, forget_session, open_session, reward_session, session_state
+from shoal.serving.sessions_calls import session_chat, session_completions, session_models
 
 Endpoint = Callable[[Api, Request], Awaitable[Response]]
 
@@ -28,16 +31,19 @@ POSTS: dict[str, tuple[Endpoint, type, str]] = {
     "/v1/chat/completions": (chat, ChatBody, "Answer a conversation."),
     "/v1/completions": (completions, CompletionBody, "Complete a text."),
     "/v1/responses": (responses, ResponseBody, "Answer a conversation; nothing is kept."),
+    "/v1/embeddings": (embeddings, EmbeddingBody, "Texts as vectors."),
 }
 
 
 async def models(api: Api, _: Request) -> Response:
-    return json_response({"object": "list", "data": [_model(api)]})
+    return json_response({"object": "list", "data": [_model(api, name) for name in api.models]})
 
 
 async def model(api: Api, request: Request) -> Response:
-    api.check_model(request.path_params["model"])
-    return json_response(_model(api))
+    name = request.path_params["model"]
+    if name not in api.models:
+        raise unknown(name)
+    return json_response(_model(api, name))
 
 
 async def health(api: Api, _: Request) -> Response:
@@ -68,8 +74,24 @@ GETS: dict[str, tuple[Endpoint, str]] = {
 }
 
 
-def make_app(api: Api, keys: Keys) -> Starlette:
-    """The ASGI application of one model."""
+SessionEndpoint = Callable[[Api, House, Request], Awaitable[Response]]
+
+SESSION_CALLS: list[tuple[str, str, SessionEndpoint]] = [
+    ("/sessions/{id}/v1/chat/completions", "POST", session_chat),
+    ("/sessions/{id}/v1/completions", "POST", session_completions),
+    ("/sessions/{id}/v1/models", "GET", session_models),
+    ("/sessions/{id}/reward", "POST", reward_session),
+]
+
+SESSION_KEEPING: list[tuple[str, str, SessionEndpoint]] = [
+    ("/sessions", "POST", open_session),
+    ("/sessions/{id}", "GET", session_state),
+    ("/sessions/{id}", "DELETE", forget_session),
+]
+
+
+def make_app(api: Api, keys: Keys, sessions: House | None = None) -> Starlette:
+    """The ASGI application of one model; with `sessions`, clients may open such."""
 
     def bound(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
@@ -79,6 +101,27 @@ def make_app(api: Api, keys: Keys) -> Starlette:
 
     routes = [Route(path, bound(endpoint), methods=["POST"]) for path, (endpoint, _, _) in POSTS.items()]
     routes += [Route(path, bound(endpoint), methods=["GET"]) for path, (endpoint, _) in GETS.items()]
+    if sessions is not None:
+        routes += _session_routes(api, sessions, [*SESSION_KEEPING, *SESSION_CALLS])
+    return _application(api, keys, routes)
+
+
+def make_sessions_app(api: Api, sessions: House) -> Starlette:
+    """An application that answers the sessions which are open, and nothing else."""
+    return _application(api, Keys({}), _session_routes(api, sessions, SESSION_CALLS))
+
+
+def _session_routes(api: Api, sessions: House, endpoints: Iterable[tuple[str, str, SessionEndpoint]]) -> list[Route]:
+    def bound(endpoint: SessionEndpoint) -> Callable[[Request], Awaitable[Response]]:
+        async def answer(request: Request) -> Response:
+            return await endpoint(api, sessions, request)
+
+        return answer
+
+    return [Route(path, bound(endpoint), methods=[method]) for path, method, endpoint in endpoints]
+
+
+def _application(api: Api, keys: Keys, routes: list[Route]) -> Starlette:
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Door, keys=keys, metrics=api.metrics, paths={*POSTS, *GETS})],
@@ -93,5 +136,6 @@ def make_app(api: Api, keys: Keys) -> Starlette:
     return app
 
 
-def _model(api: Api) -> dict[str, object]:
-    return {"id": api.model, "object": "model", "created": api.created, "owned_by": "shoal"}
+def _model(api: Api, name: str) -> dict[str, object]:
+    found: dict[str, object] = {"id": name, "object": "model", "created": api.created, "owned_by": "shoal"}
+    return found | ({"parent": api.model} if name.startswith(f"{api.model}:") else {})

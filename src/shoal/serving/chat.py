@@ -47,7 +47,12 @@ class Asked:
 async def chat(api: Api, request: Request) -> Response:
     """Answer a conversation."""
     body = parsed(await api.body(request), ChatBody)
-    answer = _Answer(api, body, await ask(api, body))
+    return await answered(api, request, body, await ask(api, body))
+
+
+async def answered(api: Api, request: Request, body: ChatBody, asked: Asked) -> Response:
+    """The answer to what was asked, whole or as a stream."""
+    answer = _Answer(api, body, asked)
     if body.stream:
         return api.stream(answer.asked.job, answer.frames())
     return await api.answer(request, answer.asked.job, answer.whole)
@@ -55,7 +60,7 @@ async def chat(api: Api, request: Request) -> Response:
 
 async def ask(api: Api, body: ChatBody) -> Asked:
     """Make a conversation into what the engine is asked for."""
-    api.check_model(body.model)
+    adapter = api.adapter_of(body.model)
     if body.top_logprobs and not body.logprobs:
         raise bad_request("top_logprobs needs logprobs = true.", "top_logprobs")
     tools = offered(body)
@@ -69,7 +74,9 @@ async def ask(api: Api, body: ChatBody) -> Asked:
         prompts=[prompt],
         params=api.params(body, body.max_completion_tokens or body.max_tokens, len(prompt)),
         choices=body.choices,
-        shaping=await api.shaping(body, body.top_logprobs or 0, grammar(api, body, tools), body.response_format),
+        shaping=await api.shaping(
+            body, body.top_logprobs or 0, grammar(api, body, tools), body.response_format, adapter=adapter
+        ),
     )
     tail = api.engine.tokenizer.hf.decode(prompt[-TAIL_IDS:]).rstrip() if api.dialect.thinks else ""
     return Asked(job, api.dialect, tools, thinking=tail.endswith(THINK))
@@ -109,7 +116,7 @@ class _Answer:
         self._head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
-            "model": api.model,
+            "model": body.model,
             "system_fingerprint": f"v{api.engine.version}",
         }
 
@@ -120,7 +127,11 @@ class _Answer:
             "object": "chat.completion",
             "choices": [self._choice(index, *result) for index, result in enumerate(results)],
             "usage": usage(self._job, [completion for completion, _ in results]),
+            **self._prompt_ids(),
         }
+
+    def _prompt_ids(self) -> dict[str, Any]:
+        return {"prompt_token_ids": self._job.prompts[0]} if self._body.return_token_ids else {}
 
     def _choice(self, index: int, completion: Completion, drawn: Sequence[Drawn]) -> dict[str, Any]:
         reply = self.asked.read(completion.text)
@@ -136,6 +147,7 @@ class _Answer:
             "message": message,
             "logprobs": self._logprobs(drawn),
             "finish_reason": "tool_calls" if reply.calls else completion.finish,
+            **({"token_ids": completion.token_ids} if self._body.return_token_ids else {}),
         }
 
     def _logprobs(self, drawn: Sequence[Drawn]) -> dict[str, Any] | None:
@@ -161,8 +173,9 @@ class _Answer:
                     done.append(piece.completion)
                     rest, calls = reader.rest()
                     content += rest
-                if content or (piece.drawn and self._body.logprobs):
-                    yield self._chunk(piece.choice, {"content": content}, self._logprobs(piece.drawn))
+                asked_ids = piece.ids if self._body.return_token_ids else ()
+                if content or asked_ids or (piece.drawn and self._body.logprobs):
+                    yield self._chunk(piece.choice, {"content": content}, self._logprobs(piece.drawn), ids=asked_ids)
                 for number, call in enumerate(calls):
                     yield self._chunk(piece.choice, {"tool_calls": [{"index": number, **_call(call)}]})
                 if piece.completion is not None:
@@ -175,10 +188,18 @@ class _Answer:
         yield frame(DONE)
 
     def _chunk(
-        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, finish: str | None = None
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: dict[str, Any] | None = None,
+        finish: str | None = None,
+        ids: tuple[int, ...] = (),
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
-        more = {"usage": None} if self._body.wants_usage else {}
+        more: dict[str, Any] = {"usage": None} if self._body.wants_usage else {}
+        if self._body.return_token_ids:
+            choice["token_ids"] = ids
+            more |= self._prompt_ids() if "role" in delta else {}
         return frame({**self._head, "object": "chat.completion.chunk", "choices": [choice], **more})
 
 

@@ -27,16 +27,25 @@ DEFAULT_MAX_TOKENS = 16
 async def completions(api: Api, request: Request) -> Response:
     """Complete one text or several."""
     body = parsed(await api.body(request), CompletionBody)
-    api.check_model(body.model)
+    return await answered(api, request, body, await ask(api, body))
+
+
+async def ask(api: Api, body: CompletionBody) -> Job:
+    """Make prompts into what the engine is asked for."""
+    adapter = api.adapter_of(body.model)
     prompts = token_ids(api, body)
     if len(prompts) * body.choices > MAX_CHOICES:
         raise bad_request(f"{len(prompts)} prompts with n = {body.choices} exceed {MAX_CHOICES} completions.", "n")
-    job = Job(
+    return Job(
         prompts=prompts,
         params=api.params(body, body.max_tokens or DEFAULT_MAX_TOKENS, max(map(len, prompts))),
         choices=body.choices,
-        shaping=await api.shaping(body, body.logprobs or 0, None, body.response_format),
+        shaping=await api.shaping(body, body.logprobs or 0, None, body.response_format, adapter=adapter),
     )
+
+
+async def answered(api: Api, request: Request, body: CompletionBody, job: Job) -> Response:
+    """The answer to what was asked, whole or as a stream."""
     answer = _Answer(api, body, job)
     if body.stream:
         return api.stream(job, answer.frames())
@@ -69,7 +78,7 @@ class _Answer:
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
-            "model": api.model,
+            "model": body.model,
             "system_fingerprint": f"v{api.engine.version}",
         }
         self._offsets = [0] * job.size
@@ -77,7 +86,7 @@ class _Answer:
     async def whole(self) -> dict[str, Any]:
         results = await whole(self._api.engine, self._job)
         choices = [
-            self._choice(index, completion.text, drawn, completion.finish)
+            self._choice(index, completion.text, drawn, completion.finish, completion.token_ids)
             for index, (completion, drawn) in enumerate(results)
         ]
         return {**self._head, "choices": choices, "usage": usage(self._job, [c for c, _ in results])}
@@ -89,7 +98,7 @@ class _Answer:
         async with aclosing(pieces(self._api.engine, self._job)) as found:
             async for piece in found:
                 finish = piece.completion.finish if piece.completion else None
-                choice = self._choice(piece.choice, piece.text, piece.drawn, finish)
+                choice = self._choice(piece.choice, piece.text, piece.drawn, finish, piece.ids)
                 yield frame({**self._head, "choices": [choice], **more})
                 if piece.completion is not None:
                     done.append(piece.completion)
@@ -97,9 +106,14 @@ class _Answer:
             yield frame({**self._head, "choices": [], "usage": usage(self._job, done)})
         yield frame(DONE)
 
-    def _choice(self, index: int, text: str, drawn: Sequence[Drawn], finish: str | None) -> dict[str, Any]:
+    def _choice(
+        self, index: int, text: str, drawn: Sequence[Drawn], finish: str | None, ids: tuple[int, ...]
+    ) -> dict[str, Any]:
         logprobs = None if self._body.logprobs is None else self._logprobs(index, drawn)
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        if not self._body.return_token_ids:
+            return choice
+        return {**choice, "token_ids": ids, "prompt_token_ids": self._job.prompts[index // self._job.choices]}
 
     def _logprobs(self, index: int, drawn: Sequence[Drawn]) -> dict[str, Any]:
         decode = self._api.engine.tokenizer.hf.decode

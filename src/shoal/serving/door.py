@@ -25,6 +25,9 @@ logger = logging.getLogger("shoal.serving")
 OPEN_PATHS = ("/health",)
 """Answered without a key."""
 
+OWN_KEYS = "/sessions/"
+"""Below this, sessions ask for keys of their own."""
+
 
 class Door:
     """ASGI middleware around the whole application.
@@ -63,7 +66,7 @@ class Door:
             self._metrics.seconds.labels(path).observe(time.monotonic() - started)
 
     def _check_key(self, scope: Scope) -> None:
-        if not self._keys.names or scope["path"] in OPEN_PATHS:
+        if not self._keys.names or scope["path"] in OPEN_PATHS or scope["path"].startswith(OWN_KEYS):
             return
         header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         kind, _, key = header.decode("latin-1").partition(" ")

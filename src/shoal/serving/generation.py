@@ -58,7 +58,10 @@ class Piece:
     choice: int
     text: str
     drawn: tuple[Drawn, ...]
+    """Without the token that ends the completion."""
     completion: Completion | None = None
+    ids: tuple[int, ...] = ()
+    """With it."""
 
 
 def check(engine: Engine, job: Job) -> None:
@@ -121,15 +124,17 @@ async def _choice(engine: Engine, job: Job, index: int) -> AsyncGenerator[Piece]
     request = job.request(index)
     text = TextStream(engine.tokenizer, request.params.stop)
     held: list[Drawn] = []
+    ids: list[int] = []
     async with aclosing(engine.draws(request, job.shaping())) as draws:
         async for drawn in draws:
             if isinstance(drawn, Completion):
                 if drawn.finish in ("error", "cancelled"):
                     raise ModelError(f"a completion ended with '{drawn.finish}'.")
-                yield Piece(index, text.rest(drawn.text), tuple(held), drawn)
+                yield Piece(index, text.rest(drawn.text), tuple(held), drawn, tuple(ids))
                 return
+            ids.append(drawn.token)
             if drawn.token not in engine.tokenizer.end_ids:
                 held.append(drawn)
             if piece := text.push(drawn.token):
-                yield Piece(index, piece, tuple(held))
-                held = []
+                yield Piece(index, piece, tuple(held), ids=tuple(ids))
+                held, ids = [], []

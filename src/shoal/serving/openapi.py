@@ -51,7 +51,7 @@ def describe(posts: dict[str, tuple[type[BaseModel], str]], gets: dict[str, str]
     paths: dict[str, Any] = {}
     for path, (model, summary) in posts.items():
         body = {"required": True, "content": _json({"$ref": REF.format(model=model.__name__)})}
-        answer = _json({"type": "object"}) | {"text/event-stream": {"schema": {"type": "string"}}}
+        answer = _json({"type": "object"}) | {"text/event-stream": {"schema": {}}}
         responses = {"200": {"description": "The answer.", "content": answer}, **failures}
         paths[path] = {"post": {"summary": summary, "requestBody": body, "responses": responses}}
     for path, summary in gets.items():

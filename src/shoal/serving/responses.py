@@ -179,7 +179,7 @@ class _Answer:
             "id": self._id,
             "object": "response",
             "created_at": self._created,
-            "model": self._api.model,
+            "model": self._body.model,
             "status": "in_progress" if completion is None else "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "error": None,

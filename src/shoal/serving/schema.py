@@ -15,6 +15,8 @@ from shoal.serving.errors import bad_request
 MAX_CHOICES = 128
 MAX_MESSAGES = 4096
 MAX_TOOLS = 128
+MAX_INPUTS = 2048
+"""OpenAI's limit for one request to embed."""
 
 Model = TypeVar("Model", bound="Body")
 
@@ -148,6 +150,8 @@ class Sampling(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
+    return_token_ids: bool | None = None
+    """Say prompts and completions as token ids too. Not in OpenAI's API; the name is vLLM's."""
     user: str | None = None
 
     @property
@@ -193,6 +197,16 @@ class CompletionBody(Sampling):
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
+
+
+class EmbeddingBody(Body):
+    """`POST /v1/embeddings`."""
+
+    model: str = Field(max_length=1024)
+    input: str | Annotated[list[str], Field(min_length=1, max_length=MAX_INPUTS)] | list[int] | list[list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(default=None, ge=1)
+    user: str | None = None
 
 
 def parsed(body: bytes, kind: type[Model]) -> Model:

@@ -11,8 +11,10 @@ import contextlib
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from shoal.config import Serving
 from shoal.errors import NetworkError
@@ -20,6 +22,7 @@ from shoal.serving.api import Api
 from shoal.serving.app import make_app
 from shoal.serving.connection import HEAD_TIMEOUT_S, MAX_HEAD_BYTES, bounded
 from shoal.serving.keys import Keys
+from shoal.serving.sessions import House
 
 BACKLOG = 256
 
@@ -65,8 +68,20 @@ def listen(host: str, port: int) -> socket.socket:
 async def serve(api: Api, keys: Keys, settings: Serving, announce: Callable[[int], None]) -> None:
     """Serve until told to end; `announce` is called with the port once it listens."""
     listening = listen(settings.host, settings.port)
-    config = uvicorn.Config(
-        make_app(api, keys),
+    house = House(keys, settings, Path(settings.capture)) if settings.capture else None
+    server = _Server(configured(make_app(api, keys, house), settings))
+    announce(listening.getsockname()[1])
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        listening.close()
+        await api.engine.close()
+
+
+def configured(app: ASGIApp, settings: Serving) -> uvicorn.Config:
+    """How an application of ours is served."""
+    return uvicorn.Config(
+        app,
         http=bounded(settings.max_connections),
         ws="none",
         lifespan="off",
@@ -78,10 +93,3 @@ async def serve(api: Api, keys: Keys, settings: Serving, announce: Callable[[int
         timeout_graceful_shutdown=int(settings.drain_s),
         h11_max_incomplete_event_size=MAX_HEAD_BYTES,
     )
-    server = _Server(config)
-    announce(listening.getsockname()[1])
-    try:
-        await server.serve(sockets=[listening])
-    finally:
-        listening.close()
-        await api.engine.close()

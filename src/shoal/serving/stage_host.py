@@ -132,7 +132,7 @@ class _Host:
         room = self._options.max_layers
         if not room:
             each = await asyncio.to_thread(layer_bytes, config, dtype, self._spec.cache_tokens)
-            room = int(MEMORY_SHARE * _free_bytes() // each)
+            room = int(MEMORY_SHARE * free_bytes() // each)
         self._node = node = StageNode(
             self._fabric.identity,
             config,
@@ -230,7 +230,7 @@ class _Host:
         )
 
 
-def _free_bytes() -> int:
+def free_bytes() -> int:
     """Memory that this machine could give to a process now."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():

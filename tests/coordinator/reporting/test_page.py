@@ -58,6 +58,9 @@ def run(tmp_path: Path) -> Path:
     write_metrics(tmp_path, [evaluation(0, 0.3), *(step(n, **workers) for n in range(1, 7)), evaluation(6, 0.7)])
     events = [Event(time=1000.0 + n, node="n1", kind="snapshot.published", data={"version": n}) for n in range(40)]
     events.append(Event(time=1020.0, node="n2", kind="lease.expired", data={"reason": "no heartbeat"}))
+    for name, by_source in (("anna", {"learner": 5e6, "bert": 3e6}), ("bert", {"anna": 7e6, HOSTILE: math.inf})):
+        data = {"name": name, "version": 3, "seconds": 1.5, "by_source": by_source}
+        events.append(Event(time=1021.0, node=name, kind="snapshot.arrived", data=data))
     (tmp_path / "events.jsonl").write_bytes(b"".join(to_json(event) + b"\n" for event in events))
     (tmp_path / "config.toml").write_text(CONFIG, encoding="utf-8")
     summary = {
@@ -202,7 +205,7 @@ def test_missing_and_absurd_numbers_are_nan(tmp_path: Path) -> None:
         assert math.isnan(record.column(key)[0]), key
     assert record.total("tokens") == 1500
     assert record.damaged_lines == 2
-    assert len(draw_plots(tmp_path)) == len(PLOTS) - 1  # nobody said who the workers were
+    assert len(draw_plots(tmp_path)) == len(PLOTS) - 2  # nobody said who the workers were, or how versions came
 
 
 @pytest.mark.filterwarnings("error")
@@ -234,7 +237,7 @@ def test_a_picture_without_data_any_more_is_removed(run: Path) -> None:
     old.write_bytes(b"from an earlier report")
     (run / "summary.json").unlink()
     write_metrics(run, [evaluation(0, 0.5)])
-    assert [path.stem for path in draw_plots(run)] == ["learning"]
+    assert [path.stem for path in draw_plots(run)] == ["learning", "feeding"]
     assert not old.exists()
 
 

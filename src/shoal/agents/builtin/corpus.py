@@ -1,4 +1,8 @@
-"""Search in the documents of a folder, by BM25 over their chunks."""
+"""Search in the documents of a folder: BM25 and embeddings over their chunks, fused by rank.
+
+BM25 finds the rare word, the embedding the near one: other endings, other spellings, other word order. The embedder is
+memory's (`memory/embedding`): features of words and letters, no learnt model.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, Field
 
 from shoal.agents.builtin.bm25 import Bm25
+from shoal.agents.builtin.fusion import fused
 from shoal.agents.builtin.text import chunks, files_below, read_text
 from shoal.agents.tools.card import Use
 from shoal.agents.tools.function import FunctionTool, ToolError
 from shoal.agents.tools.toolbox import Callee
+from shoal.memory.embedding import Embedder, HashedEmbedder
+
+CANDIDATES = 50
+"""Of each ranking that are fused."""
 
 
 class Hit(BaseModel):
@@ -28,8 +39,9 @@ class Hit(BaseModel):
 class Corpus:
     """The chunks of all documents below a folder, indexed on first use."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, embedder: Embedder | None = None) -> None:
         self._root = root
+        self._embedder = embedder or HashedEmbedder()
 
     @cached_property
     def _chunks(self) -> list[tuple[str, int, str]]:
@@ -46,12 +58,22 @@ class Corpus:
     def _index(self) -> Bm25:
         return Bm25([text for _, _, text in self._chunks])
 
+    @cached_property
+    def _vectors(self) -> NDArray[np.float32]:
+        return self._embedder.embed([text for _, _, text in self._chunks])
+
     def search(self, query: str, count: int) -> list[Hit]:
         """The best chunks, best first."""
+        if not self._chunks:
+            return []
+        most = max(count, CANDIDATES)
+        words = [number for number, _ in self._index.best(query, most)]
+        near = self._vectors @ self._embedder.embed([query])[0]
+        meaning = [int(number) for number in np.argsort(-near, kind="stable")[:most] if near[number] > 0]
         found = []
-        for number, score in self._index.best(query, count):
+        for number, score in fused([words, meaning], count):
             name, chunk, text = self._chunks[number]
-            found.append(Hit(document=name, chunk=chunk, score=round(score, 4), text=text))
+            found.append(Hit(document=name, chunk=chunk, score=round(score, 6), text=text))
         return found
 
 

@@ -98,6 +98,13 @@ class EventLog:
         )
         return [Stored(*row) for row in rows]
 
+    def event(self, run: str, seq: int) -> RunEvent:
+        """One event; raises `StorageError` where it is damaged or missing."""
+        for row in self.stored(run, seq - 1, 1):
+            if row.seq == seq:
+                return self._read(row)
+        raise StorageError(f"event {seq} of run {run} is missing from {self.path}.")
+
     def events(self, run: str, *, until: int | None = None) -> Iterator[RunEvent]:
         """A run's events in order, up to number `until`.
 
@@ -116,15 +123,17 @@ class EventLog:
                     return
                 if row.seq != seq:
                     raise StorageError(f"event {seq} of run {run} is missing from {self.path}.")
-                try:
-                    data = msgspec.json.decode(row.data, type=dict[str, Any])
-                    yield msgspec.convert(
-                        {"run": run, "seq": seq, "time": row.time, "kind": row.kind, "data": data}, RunEvent
-                    )
-                except msgspec.DecodeError as error:
-                    raise StorageError(f"event {seq} of run {run} in {self.path} is damaged: {error}.") from None
+                yield self._read(row)
             if len(page) < PAGE_EVENTS:
                 return
+
+    def _read(self, row: Stored) -> RunEvent:
+        try:
+            data = msgspec.json.decode(row.data, type=dict[str, Any])
+            fields = {"run": row.run, "seq": row.seq, "time": row.time, "kind": row.kind, "data": data}
+            return msgspec.convert(fields, RunEvent)
+        except msgspec.DecodeError as error:
+            raise StorageError(f"event {row.seq} of run {row.run} in {self.path} is damaged: {error}.") from None
 
     def runs(self) -> list[tuple[str, Stored, Stored | None]]:
         """Every run with its first event and, where it has ended, its last one; newest first."""

@@ -16,10 +16,12 @@ from typing import Any
 import msgspec
 from opentelemetry import trace
 
+from shoal.agents.scheduler.calls import CallState
 from shoal.agents.scheduler.decision import filled, references
 from shoal.agents.scheduler.guards import Guards
 from shoal.agents.scheduler.records import Call, EventKind
-from shoal.agents.scheduler.state import CallState, RunState
+from shoal.agents.scheduler.state import RunState
+from shoal.agents.tools.caller import CALLER
 from shoal.agents.tools.card import ToolCard
 from shoal.agents.tools.outcome import MAY_HAVE_ACTED, Failure, FailureKind, Outcome, failure
 from shoal.agents.tools.schema import Schema
@@ -110,7 +112,7 @@ class Performer:
         """Tell all calls to end; gives the results of those that have none, to be emitted at once."""
         for task in self._tasks.values():
             task.cancel()
-        open_calls = [name for name, call in self._state.calls.items() if call.outcome is None]
+        open_calls = [name for name, call in self._state.calls.held().items() if call.outcome is None]
         return [result(name, failure(kind, words)) for name in open_calls]
 
     async def stop(self) -> None:
@@ -139,6 +141,7 @@ class Performer:
         """One call from its dispatch to its result, however many attempts it takes."""
         name, tool = call.call.id, self._toolbox.tool(call.call.tool)
         assert tool is not None, "it was there when the call was dispatched, in the same moment"
+        CALLER.set(self._state.run)  # In this task's own context.
         use, capacity = tool.card.use, self._toolbox.capacity
         if not await self._is_allowed(call, use.needs_approval):
             self._emit(result(name, failure("denied", "it was not approved")))

@@ -10,14 +10,19 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from shoal.agents.scheduler.records import Decision, Spent
-from shoal.agents.scheduler.state import CallState, StepState
+from shoal.agents.scheduler.calls import CallState
+from shoal.agents.scheduler.records import Decision, Drawn, Spent
+from shoal.agents.scheduler.state import StepState
 from shoal.agents.tools.card import ToolCard
 from shoal.errors import ShoalError
 
 
 class PolicyError(ShoalError):
     """The model that decides cannot be reached, or refuses."""
+
+
+class ContextFull(PolicyError):
+    """The conversation no longer fits into the model: the run's own end, and nobody's fault but its agent's."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class View:
     history: tuple[tuple[str, str], ...] = ()
     must_answer: str = ""
     """Why only an answer is allowed; empty while calls are."""
+    record: bool = False
+    """Whether the decision's tokens are wanted."""
 
     def value(self, call: str) -> object:
         """What a call gave; None where it failed or is still running."""
@@ -50,6 +57,8 @@ class Decided:
     problem: str = ""
     """What was wrong with it then."""
     spent: Spent = NOTHING
+    drawn: Drawn | None = None
+    """Its tokens, where they were wanted."""
 
 
 class Policy(Protocol):
@@ -60,6 +69,7 @@ class Policy(Protocol):
 
         Raises:
             PolicyError: none can be had.
+            ContextFull: the conversation has become too long.
         """
         ...
 

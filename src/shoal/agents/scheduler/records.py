@@ -9,6 +9,7 @@ import msgspec
 
 from shoal.errors import RecordError
 from shoal.protocol.codec import Record
+from shoal.protocol.episode import Turn
 
 MAX_TASK_CHARS = 64 * 1024
 MAX_ID_CHARS = 64
@@ -82,6 +83,8 @@ class RunRequest(Record, frozen=True):
     """Calls of this run at once."""
     session: str = ""
     """Runs of one session see the tasks and answers of those before."""
+    record: bool = False
+    """Keep the tokens of each decision, so that the run is an episode that can be trained on (`episodes`)."""
 
     def check(self) -> None:
         self.budget.check()
@@ -118,6 +121,13 @@ class Spent(Record, frozen=True):
     tokens_in: int = 0
     tokens_out: int = 0
     usd: float = 0.0
+
+
+class Drawn(Record, frozen=True):
+    """The tokens of one decision, as a turn of an episode."""
+
+    turn: Turn
+    temperature: float
 
 
 class RunEvent(Record, frozen=True):

@@ -17,13 +17,14 @@ from typing import Any
 import msgspec
 from opentelemetry import trace
 
+from shoal.agents.scheduler.calls import CallState
 from shoal.agents.scheduler.decision import bind
 from shoal.agents.scheduler.guards import Guards
 from shoal.agents.scheduler.log import EventLog
 from shoal.agents.scheduler.performing import Emitted, Performer, result
-from shoal.agents.scheduler.policy import Decided, Policy, PolicyError, View
+from shoal.agents.scheduler.policy import ContextFull, Decided, Policy, PolicyError, View
 from shoal.agents.scheduler.records import Call, Decision, RunEvent
-from shoal.agents.scheduler.state import CallState, RunState
+from shoal.agents.scheduler.state import RunState
 from shoal.agents.tools.outcome import failure
 from shoal.agents.tools.toolbox import CANCEL_GRACE_S, Toolbox
 from shoal.errors import RunError
@@ -156,6 +157,7 @@ class Runner:
             calls=state.calls,
             history=state.history,
             must_answer=state.must_answer,
+            record=state.request.record,
         )
         seen = state.seq
         try:
@@ -163,7 +165,7 @@ class Runner:
                 decided = await self._policy.decide(view)
         except PolicyError as error:
             if state.end is None:
-                self._give_up("policy", str(error))
+                self._give_up("context" if isinstance(error, ContextFull) else "policy", str(error))
             return
         if state.end is None:
             self._take(decided, seen)
@@ -171,10 +173,15 @@ class Runner:
     def _take(self, decided: Decided, seen: int) -> None:
         """Turn a decision into events: calls, an answer, or a problem that the model is told."""
         state, decision = self.state, decided.decision
+        if state.request is not None and state.request.record and decided.drawn is None:
+            self._give_up("policy", "the run is to be recorded, and who decides does not give its tokens")
+            return
         problem = decided.problem if decision is None else self._problem(decision)
         step = len(state.steps) + 1
         words = decision.thought if decision is not None else ""
         thought: dict[str, Any] = {"step": step, "seen": seen, "text": words, **msgspec.to_builtins(decided.spent)}
+        if decided.drawn is not None:
+            thought["drawn"] = msgspec.to_builtins(decided.drawn)
         if decision is None or problem:
             self._emit(("thought", {**thought, "problem": problem}))
             last = state.steps[-MAX_BAD_DECISIONS:]
@@ -229,7 +236,7 @@ class Runner:
         """Go on where a killed process stopped."""
         events: list[Emitted] = [("resumed", {})]
         again: list[CallState] = []
-        for name, call in self.state.calls.items():
+        for name, call in self.state.calls.held().items():
             if call.phase not in ("dispatched", "running", "backoff", "approval"):
                 continue
             tool = self._toolbox.tool(call.call.tool)

@@ -19,6 +19,7 @@ import msgspec
 from shoal.agents.scheduler.guards import Guards
 from shoal.agents.scheduler.log import EventLog, Stored
 from shoal.agents.scheduler.policy import Policy
+from shoal.agents.scheduler.recall import LogRecall
 from shoal.agents.scheduler.records import LAST_KINDS, RunEvent, RunRequest
 from shoal.agents.scheduler.runner import ANSWER_GRACE_S, APPROVAL_TIMEOUT_S, Runner
 from shoal.agents.scheduler.state import RunState
@@ -137,13 +138,13 @@ class Runs:
         runner = self._runners.get(run)
         if runner is not None:
             return runner.state
-        state = RunState()
+        state = RunState(LogRecall(self.log, run))
         for event in self.log.events(run):
             state.apply(event)
         return state
 
     def summary(self, run: str) -> dict[str, Any]:
-        """A run for people: where it stands, what it spent, its calls."""
+        """A run for people: where it stands, what it spent, its newest calls."""
         state = self.state(run)
         assert state.request is not None
         last = {} if state.end is None else state.end.data
@@ -158,8 +159,9 @@ class Runs:
             },
             "calls": [
                 {"id": name, "tool": call.call.tool, "phase": call.phase, "attempts": call.attempts}
-                for name, call in state.calls.items()
+                for name, call in state.calls.held().items()
             ],
+            "num_calls": len(state.calls),
             "last_event": state.seq,
         }
 
@@ -229,7 +231,7 @@ class Runs:
             raise CapacityError(f"{self._max_runs} runs are being worked on.", "Try again when one has ended.")
 
     def _work(self, run: str) -> None:
-        state = RunState()
+        state = RunState(LogRecall(self.log, run))
         for event in self.log.events(run):
             state.apply(event)
         runner = Runner(

@@ -9,35 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
-from shoal.agents.scheduler.records import Call, RunEvent, RunRequest
-from shoal.agents.tools.outcome import Failure, Outcome, Success
+from shoal.agents.scheduler.calls import NO_ARGUMENTS, Calls, CallState, Recall, outcome_of
+from shoal.agents.scheduler.records import Call, Drawn, RunEvent, RunRequest
+from shoal.agents.tools.outcome import Failure
 from shoal.errors import RecordError
-
-Phase = Literal["waiting", "ready", "approval", "dispatched", "running", "backoff", "done"]
-
-
-@dataclass
-class CallState:
-    """One call and how far it is."""
-
-    call: Call
-    step: int
-    background: bool
-    """Whether the model decides again without waiting for it."""
-    phase: Phase = "waiting"
-    missing: set[str] = field(default_factory=set)
-    """What it still depends on."""
-    arguments: dict[str, Any] = field(default_factory=dict)
-    """With results filled in, once dispatched."""
-    attempts: int = 0
-    allowed: bool | None = None
-    """What was said when somebody was asked."""
-    outcome: Outcome | None = None
-    seconds: float = 0.0
 
 
 @dataclass
@@ -49,19 +28,27 @@ class StepState:
     answer: str | None = None
     problem: str = ""
     """Why the decision was no good, where it was not."""
+    seen_seq: int = 0
+    """The last event that the model had seen when it was asked."""
+    drawn: Drawn | None = None
+    """The tokens of the decision, where the run is recorded."""
 
 
 class RunState:
-    """What the events so far amount to."""
+    """What the events so far amount to.
 
-    def __init__(self) -> None:
+    Args:
+        recall: reads calls that ended long ago; without it all are held in memory.
+    """
+
+    def __init__(self, recall: Recall | None = None) -> None:
         self.run = ""
         self.request: RunRequest | None = None
         self.history: tuple[tuple[str, str], ...] = ()
         """Tasks and answers of the session's runs before."""
         self.seq = 0
         self.steps: list[StepState] = []
-        self.calls: dict[str, CallState] = {}
+        self.calls = Calls(recall)
         self.end: RunEvent | None = None
         self.tokens = 0
         self.usd = 0.0
@@ -94,7 +81,9 @@ class RunState:
                 self.request = msgspec.convert(data["request"], RunRequest)
                 self.history = tuple((task, answer) for task, answer in data.get("history", ()))
             case "thought":
-                self.steps.append(StepState(data["text"], problem=data.get("problem", "")))
+                drawn = msgspec.convert(data["drawn"], Drawn) if data.get("drawn") else None
+                problem = data.get("problem", "")
+                self.steps.append(StepState(data["text"], problem=problem, seen_seq=data["seen"], drawn=drawn))
                 self.tokens += data["tokens_in"] + data["tokens_out"]
                 self.usd += data["usd"]
                 self._seen_seq = data["seen"]
@@ -140,32 +129,35 @@ class RunState:
     def _add(self, call: Call, background: bool) -> None:
         if call.id in self.calls:
             raise RecordError(f"there are two calls {call.id}.")
-        state = CallState(call, len(self.steps), background)
-        self.calls[call.id] = state
+        state = CallState(call, len(self.steps), background, self.seq)
+        self.calls.add(state)
         self.steps[-1].calls.append(call.id)
         self.open += 1
         self.joined_open += not background
+        missing: set[str] = set()
         for needed in call.after:
             known = self.calls.get(needed)
             if known is None or known.outcome is None:
-                state.missing.add(needed)
+                missing.add(needed)
                 self._dependents.setdefault(needed, []).append(call.id)
             elif isinstance(known.outcome, Failure):
                 self._doomed.append(call.id)
-        if not state.missing:
+        if missing:
+            state.missing = missing
+        else:
             state.phase = "ready"
             self._ready.append(call.id)
 
     def _finish(self, state: CallState, data: dict[str, Any]) -> None:
         call = state.call.id
-        state.outcome = Success(value=data["value"]) if data["ok"] else msgspec.convert(data["error"], Failure)
-        state.phase, state.seconds = "done", data["seconds"]
+        state.outcome, state.ended_seq = outcome_of(data), self.seq
+        state.phase, state.seconds, state.arguments = "done", data["seconds"], NO_ARGUMENTS
         self.open -= 1
         self.joined_open -= not state.background
         self._news_seq = self.seq
         for dependent in self._dependents.pop(call, ()):
             other = self.calls[dependent]
-            if other.phase != "waiting":
+            if other.phase != "waiting" or other.missing is None:
                 continue
             other.missing.discard(call)
             if isinstance(state.outcome, Failure):
@@ -173,6 +165,7 @@ class RunState:
             elif not other.missing:
                 other.phase = "ready"
                 self._ready.append(dependent)
+        self.calls.finished(call)
 
     def take_ready(self) -> list[CallState]:
         """The calls that can be dispatched now, each handed out once."""

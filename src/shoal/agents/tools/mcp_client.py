@@ -28,6 +28,7 @@ from mcp.client.stdio import StdioServerParameters, stdio_client
 from mcp.client.streamable_http import streamable_http_client
 
 from shoal.agents.tools import child
+from shoal.agents.tools.caller import CALLER, CALLER_META
 from shoal.agents.tools.card import MAX_DESCRIPTION_CHARS, ToolCard
 from shoal.agents.tools.function import Progress
 from shoal.agents.tools.leftovers import TOKEN_VARIABLE, end_processes
@@ -96,7 +97,8 @@ class McpServer:
             say(message or (f"{progress:g} of {total:g}" if total else f"{progress:g}"))
 
         try:
-            return await client.call_tool(tool, arguments, progress_callback=on_progress)
+            meta: Any = {CALLER_META: caller} if (caller := CALLER.get()) else None
+            return await client.call_tool(tool, arguments, progress_callback=on_progress, meta=meta)
         except MCPError as error:
             if error.code == mcp_types.CONNECTION_CLOSED:
                 await self._disconnect()

@@ -6,7 +6,7 @@
                    "shoal": {"timeout_s": 20, "tools": {"find": {"idempotent": true}}, "only": ["find"]}}}}
 
 `shoal` is our own addition; other programs ignore it. `${NAME}` is taken from the environment, so that a key need not
-stand in the file.
+stand in the file. Other agents stand there too, as URLs with descriptions (`remote_agent`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from shoal.agents.tools.card import Use
+from shoal.agents.tools.remote_agent import RemoteAgent
 from shoal.errors import ConfigError, RecordError
 
 MAX_FILE_BYTES = 2**20
@@ -66,6 +67,22 @@ def read_mcp_json(path: Path) -> list[ServerConfig]:
     Raises:
         ConfigError: it is missing, malformed, or names a variable that is not set.
     """
+    document = _document(path)
+    servers = document.get("mcpServers", document.get("servers", {} if "agents" in document else None))
+    if not isinstance(servers, dict) or len(servers) > MAX_SERVERS:
+        raise ConfigError(f"{path} has no mcpServers, or more than {MAX_SERVERS}.")
+    return [_server(path, name, entry) for name, entry in servers.items()]
+
+
+def read_agents(path: Path) -> list[RemoteAgent]:
+    """The other agents of a file; raises `ConfigError` as `read_mcp_json` does."""
+    agents = _document(path).get("agents", {})
+    if not isinstance(agents, dict) or len(agents) > MAX_SERVERS:
+        raise ConfigError(f"{path}: its agents are no object, or more than {MAX_SERVERS}.")
+    return [_agent(path, name, entry) for name, entry in agents.items()]
+
+
+def _document(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -73,13 +90,23 @@ def read_mcp_json(path: Path) -> list[ServerConfig]:
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"{path} has {len(data)} bytes; {MAX_FILE_BYTES} are allowed.")
     try:
-        document = msgspec.json.decode(data, type=dict[str, Any])
+        return msgspec.json.decode(data, type=dict[str, Any])
     except (msgspec.DecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}.") from None
-    servers = document.get("mcpServers", document.get("servers"))
-    if not isinstance(servers, dict) or len(servers) > MAX_SERVERS:
-        raise ConfigError(f"{path} has no mcpServers, or more than {MAX_SERVERS}.")
-    return [_server(path, name, entry) for name, entry in servers.items()]
+
+
+def _agent(path: Path, name: str, entry: Any) -> RemoteAgent:
+    where = f"{path}, agent {name!r}"
+    if not _NAME.fullmatch(name) or not isinstance(entry, dict):
+        raise ConfigError(f"{where}: it is no object, or its name has other than 1 to 48 letters, digits, '_' and '-'.")
+    entry = _expanded(entry, where)
+    try:
+        use = msgspec.convert({"timeout_s": 600.0, "max_concurrency": 4, **(entry.pop("shoal", None) or {})}, Use)
+        made = msgspec.convert({**entry, "name": name, "use": use}, RemoteAgent)
+        use.check()
+    except (msgspec.ValidationError, RecordError, TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}.") from None
+    return made
 
 
 def _server(path: Path, name: str, entry: Any) -> ServerConfig:

@@ -225,6 +225,42 @@ def _publication(run: RunRecord, figure: Figure) -> bool:
     return True
 
 
+def _feeding(run: RunRecord, figure: Figure) -> bool:
+    """Who got how much from whom, over the whole run."""
+    fed: dict[str, dict[str, float]] = {}
+    for event in run.events:
+        told = event.data.get("by_source") if event.kind == "snapshot.arrived" else None
+        if isinstance(told, dict):
+            row = fed.setdefault(str(event.data.get("name", event.node)), {})
+            for source in told:
+                amount = number(told, source)
+                row[source] = row.get(source, 0.0) + (amount if math.isfinite(amount) else 0.0)
+    totals: dict[str, float] = {}
+    for row in fed.values():
+        for source, amount in row.items():
+            totals[source] = totals.get(source, 0.0) + amount
+    if not totals:
+        return False
+    sources = sorted(totals, key=lambda source: -totals[source])[:MAX_WORKERS]
+    takers = sorted(fed)[:MAX_WORKERS]
+    figure.set_size_inches(WIDTH_INCHES, 1.5 + 0.34 * max(len(takers), 3))
+    axes = figure.subplots()
+    table = [[fed[taker].get(source, 0.0) / 1e6 for source in sources] for taker in takers]
+    picture = axes.imshow(table, aspect="auto", cmap="Blues", vmin=0)
+    largest = max(max(row) for row in table)
+    for y, row_mb in enumerate(table):
+        for x, amount in enumerate(row_mb):
+            if amount and len(sources) <= 10:
+                colour = "white" if amount > 0.6 * largest else INK
+                axes.text(x, y, f"{amount:,.0f}", ha="center", va="center", fontsize=9, color=colour)
+    axes.set_xticks(range(len(sources)), [_short(source, 14) for source in sources])
+    axes.set_yticks(range(len(takers)), [_short(taker) for taker in takers])
+    axes.grid(visible=False)
+    figure.colorbar(picture, ax=axes, label="MB")
+    _titles(axes, "Who fed whom with new weights", "", "from")
+    return True
+
+
 def _workers(run: RunRecord, figure: Figure) -> bool:
     counts = run.worker_rollouts()
     total = sum(counts.values())
@@ -283,6 +319,7 @@ PLOTS = (
     Plot("utilisation", "How the learner spent its time.", 3.0, _utilisation),
     Plot("policy", "How far the policy moved from the one that sampled, and how steadily.", 4.8, _policy),
     Plot("publication", "How long a new version takes to reach the workers.", 2.8, _publication),
+    Plot("feeding", "From whom each worker took new weights.", 2.6, _feeding),
     Plot("workers", "Who supplied the rollouts.", 2.6, _workers),
     Plot("throughput", "How fast tokens came, and how long the responses were.", 3.0, _throughput),
 )

@@ -9,13 +9,14 @@ rings break under it, or raises `Interrupted`.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shoal.engine.cache import KVCache
+from shoal.engine.lora import Adapter
 from shoal.engine.model import HEAD, Decoder
 from shoal.engine.pipeline.ring import Interrupted, Ring, RingBroken, Rings
 from shoal.engine.pipeline.wire import from_bytes, to_bytes
@@ -99,9 +100,18 @@ class RemoteDecoder(Decoder):
 
     @torch.inference_mode()
     def forward(
-        self, x_BT: Tensor, start_B: Tensor, cache: KVCache, first_slot: int = 0, at_B: Tensor | None = None
+        self,
+        x_BT: Tensor,
+        start_B: Tensor,
+        cache: KVCache,
+        first_slot: int = 0,
+        at_B: Tensor | None = None,
+        adapters: Sequence[Adapter | None] = (),
+        tree_BTT: Tensor | None = None,
+        observe: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        assert isinstance(cache, RemoteCache)
+        assert isinstance(cache, RemoteCache) and not any(adapters)
+        assert tree_BTT is None and observe is None, "stages verify no drafts"
         ids, start = x_BT.tolist(), start_B.tolist()
         at = () if at_B is None else tuple(at_B.tolist())
         while True:

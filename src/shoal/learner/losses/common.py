@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shoal.config.learner import GrpoLoss, GspoLoss, ProximalImportance
+from shoal.config.learner import CustomLoss, GrpoLoss, GspoLoss, ProximalImportance
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def reduce(
     inputs: TokenInputs,
     losses: Tensor,
     removed: Tensor,
-    settings: GrpoLoss | GspoLoss,
+    settings: GrpoLoss | GspoLoss | CustomLoss,
     tis_weight: Tensor | None,
     entropy: Tensor | None,
 ) -> LossOutput:

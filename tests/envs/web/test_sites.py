@@ -1,0 +1,84 @@
+"""Our sites without a browser: seeded, judged by state, and careful with what they are sent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from urllib.parse import urlencode
+
+import pytest
+
+from shoal.envs.web.gate import Request
+from shoal.envs.web.sites.shop import Shop
+from shoal.envs.web.sites.site import Refused
+from shoal.envs.web.sites.template import Instance, same
+from shoal.envs.web.sites.templates import SITES, TEMPLATES
+
+SEEDS = range(12)
+
+
+def test_there_are_enough_templates_of_each_level_and_site() -> None:
+    assert len(TEMPLATES) >= 40 and len(SITES) == 5
+    assert set(Counter(template.level for template in TEMPLATES.values())) == {1, 2, 3}
+    assert all(
+        len(template.words) > 1 and len(set(template.words)) == len(template.words) for template in TEMPLATES.values()
+    )
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_a_seed_is_one_task_and_doing_nothing_is_not_enough(kind: str) -> None:
+    template = TEMPLATES[kind]
+    undone = 0
+    for seed in SEEDS:
+        one, other = Instance(template, seed), Instance(template, seed)
+        assert one.instruction == other.instruction and one.site.state() == other.site.state()
+        assert "{" not in one.instruction
+        wanted = template.answer(template.site(seed), one.params)
+        # What is asked for, done behind the pages, is right; with a wrong answer it is not.
+        template.do(other.site, other.params)
+        assert other.succeeded(wanted or "")
+        assert wanted is None or not other.succeeded(f"not {wanted}")
+        undone += not one.succeeded("")
+    # A task may happen to ask for nothing (an article that was never edited): not often.
+    assert undone >= len(SEEDS) - 3
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_another_instance_done_is_a_mistake(kind: str) -> None:
+    template = TEMPLATES[kind]
+    mistakes = 0
+    for seed in SEEDS:
+        instance, other = Instance(template, seed), Instance(template, seed + 100)
+        try:
+            template.do(instance.site, other.params)
+        except (Refused, StopIteration, KeyError, IndexError):
+            mistakes += 1  # What the other asks for is not there.
+            continue
+        answer = template.answer(template.site(seed + 100), other.params) or ""
+        mistakes += not instance.succeeded(answer)
+    assert mistakes >= len(SEEDS) / 2
+
+
+@pytest.mark.parametrize("site", {template.site for template in TEMPLATES.values()}, ids=lambda site: site.host)
+def test_requests_without_sense_change_nothing(site: type[Shop]) -> None:
+    one = site(3)
+    before = repr(one.state())
+    paths = [
+        "/",
+        "/nowhere",
+        "/product/999/add",
+        "/thread/0/99/like",
+        "/account/0",
+        "/book/-1",
+        "/article/x/edit",
+        "/%00",
+    ]
+    for path in [*paths, "/checkout", "/contact", "/new", "/settings/x", "/mine/0/cancel", "/orders/77/cancel"]:
+        for method, body in (("GET", ""), ("POST", urlencode({"name": "<b>'\"", "count": "-1"})), ("POST", "%ff&&=;=")):
+            response = one(Request(method, site.host, path, "q=%3Cb%3E&page=9999&sort=x", body.encode()))
+            assert response.status in (200, 303, 400, 404)
+            assert b"<b>" not in response.body
+    assert repr(one.state()) == before
+
+
+def test_answers_are_compared_without_dress() -> None:
+    assert same(" £ 15. ", "15") and same("Ada  Cole", "ada cole") and not same("15 or 16", "15")
