@@ -154,7 +154,7 @@ async def swarm(
         parts: nodes that hold so many of the version's four tensors only; their hash is not checked.
     """
     # The lab kills what still runs; what it leaves in its folders goes with this one.
-    with tempfile.TemporaryDirectory(prefix="shoal-swarm-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="shoal-swarm-", ignore_cleanup_errors=True) as scratch:
         async with packet_lab(setting.network) as lab:
             made = Swarm(setting, lab, scratch)
             await _start(made, relays=relays, tells_rates=tells_rates, parts=parts or {})

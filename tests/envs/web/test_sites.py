@@ -58,7 +58,9 @@ def test_another_instance_done_is_a_mistake(kind: str) -> None:
     assert mistakes >= len(SEEDS) / 2
 
 
-@pytest.mark.parametrize("site", {template.site for template in TEMPLATES.values()}, ids=lambda site: site.host)
+@pytest.mark.parametrize(
+    "site", dict.fromkeys(template.site for template in TEMPLATES.values()), ids=lambda site: site.host
+)
 def test_requests_without_sense_change_nothing(site: type[Shop]) -> None:
     one = site(3)
     before = repr(one.state())
