@@ -92,7 +92,7 @@ async def test_calibration_finds_who_lies_and_the_vote_believes_the_others(
     stack: AsyncExitStack, listener: Fabric
 ) -> None:
     liars = [await enter(stack, listener, f"liar{n}", Script({"sum": 1.0, "product": 1.0}, lies=True)) for n in (0, 1)]
-    honest = [await enter(stack, listener, f"honest{n}", Script(), Halves()) for n in (0, 1, 2)]
+    honest = [await enter(stack, listener, f"honest{n}", Script(), Halves(), slots=4) for n in (0, 1, 2)]
     nodes = [*liars, *honest]
     await eventually(lambda: here(*nodes))
     for attester in honest:

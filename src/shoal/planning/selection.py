@@ -3,11 +3,13 @@
     match of j with a requirement      φ_j = max over skills k of  sim(requirement, k) · capability(j, k)
     score                              s_j = φ_j (upper) · standing_j · availability_j
     executor                           argmax s_j, ties by price, then by id
-    weight of chain i                  w_i = mean over its steps of  φ (mean) · standing  of who executed the step
+    weight of chain i                  w_i = Π over its steps of  φ (mean) · standing  of who executed the step
     answer                             argmax_a Σ_i w_i · 1[a_i = a]
 
-Deviations from arXiv 2508.20019: the score is computed by the asker from what others attested, never by the candidate;
-load and price choose the executor and never weigh in a vote.
+Deviations from arXiv 2508.20019: (1) the score is computed by the asker from what others attested, never by the
+candidate; (2) load and price choose the executor and never weigh in a vote; (3) a chain weighs the product over its
+steps and not their mean, because it is right only if each of them is: one liar among good executors spoils it. Where
+few are free and a third lie, that is worth 1 to 3 points (docs/collective.md).
 
 Invariants: equal inputs give equal results on every node, whatever their order; a chain that abstains or could not
 finish adds nothing; a tie goes to the answer with more chains, then to the one with the heaviest single chain, then
@@ -19,6 +21,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 from shoal.planning.skills import Tally
@@ -109,7 +112,7 @@ class Ballot:
 
     @property
     def weight(self) -> float:
-        return sum(self.steps) / len(self.steps) if self.steps else 0.0
+        return prod(self.steps) if self.steps else 0.0
 
 
 class Outcome(NamedTuple):
