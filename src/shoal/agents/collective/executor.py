@@ -124,10 +124,10 @@ class Executor:
         self.stopped = 0
         """Steps given up because their planner said so or was gone."""
 
-    def offer(self, beacon: Beacon) -> Offer | None:
-        """What this node offers now."""
+    def offer(self, beacon: Beacon) -> Offer:
+        """What this node offers now. One that does no steps says so: nobody has to wait for it."""
         if self._expert is None:
-            return None
+            return Offer(beacon=beacon.id, availability=0.0)
         free = max(0, self._slots - len(self._tasks))
         return Offer(
             beacon=beacon.id,

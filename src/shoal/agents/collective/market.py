@@ -49,7 +49,7 @@ class Market:
     Args:
         admits: whether a key belongs to the run.
         others: how many other agents are here now, as far as is known.
-        offer: what this node would offer for a beacon; None: nothing.
+        offer: what this node offers for a beacon.
         tally: what the ledger says now.
         similar: how alike a requirement and a skill are, 0 to 1.
     """
@@ -60,7 +60,7 @@ class Market:
         *,
         admits: Callable[[bytes], bool],
         others: Callable[[], int],
-        offer: Callable[[Beacon], Offer | None],
+        offer: Callable[[Beacon], Offer],
         tally: Callable[[], Tally],
         similar: Callable[[str, str], float],
         listens_s: float = LISTENS_S,
@@ -91,8 +91,7 @@ class Market:
                         await heard.wait()
         finally:
             del self._open[beacon.id], self._heard[beacon.id]
-        if (mine := self._offer(beacon)) is not None:
-            offers[self._fabric.identity.public_key] = mine
+        offers[self._fabric.identity.public_key] = self._offer(beacon)
         candidates = [self._candidate(key, offer) for key, offer in offers.items() if key not in without]
         return rank(self._tally(), candidates, requirement, self._similar)
 
@@ -140,10 +139,9 @@ class Market:
                 except RecordError as error:
                     log.info("a beacon of %s is malformed: %s", message.sender, error)
                     continue
-                offer = self._offer(beacon)
-                if offer is None or len(self._sending) >= MAX_OFFERS:
+                if len(self._sending) >= MAX_OFFERS:
                     continue
-                task = asyncio.create_task(self._send(message.sender, message.sender_key, offer))
+                task = asyncio.create_task(self._send(message.sender, message.sender_key, self._offer(beacon)))
                 self._sending.add(task)
                 task.add_done_callback(self._sending.discard)
 
