@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from cyclopts import App
 
+from shoal.cli.claimed import claim
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Flag, Json
 from shoal.errors import ConfigError, RecordError, RunError, TaskError
@@ -121,7 +122,7 @@ def train(
         "seed": seed,
     }
     conversations = _read_prompts(prompts)
-    _claim(out, what, resume=resume)
+    claim(out, SETTINGS, what, resume=resume)
     from shoal.engine.source import resolve
     from shoal.rollout.host import model_cache
 
@@ -157,22 +158,6 @@ def train(
         markup=False,
         soft_wrap=True,
     )
-
-
-def _claim(out: Path, what: dict[str, Any], *, resume: bool) -> None:
-    """Make the folder; or make sure that it is of the same command."""
-    path = out / SETTINGS
-    if resume:
-        if not path.exists():
-            raise RunError(f"there is nothing in {out} to go on with.", "Leave --resume out.")
-        before = json_module.loads(path.read_text())
-        if changed := sorted(key for key in what if before.get(key) != what[key]):
-            raise RunError(f"{out} was begun with another {changed[0]}.", "Repeat the first command, and add --resume.")
-        return
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} is not empty.", "Give another folder, or add --resume to go on.")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json_module.dumps(what, indent=1))
 
 
 def _read_prompts(path: Path) -> list[list[Message]]:

@@ -6,9 +6,10 @@ import json as json_module
 from pathlib import Path
 from typing import Any
 
+from shoal.cli.claimed import claim
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Flag, Json
-from shoal.errors import ConfigError, RunError
+from shoal.errors import ConfigError
 
 SETTINGS = "sft.json"
 METRICS = "metrics.jsonl"
@@ -109,7 +110,7 @@ def run(
         "seed": seed,
         "learner": {**table, "threads": None, "device": None},
     }
-    _claim(out, what, resume=resume)
+    claim(out, SETTINGS, what, resume=resume)
     result = _fine_tune(out, what, settings, checkpoint_every)
     if json:
         print_json(result)
@@ -122,22 +123,6 @@ def run(
         markup=False,
         soft_wrap=True,
     )
-
-
-def _claim(out: Path, what: dict[str, Any], *, resume: bool) -> None:
-    """Make the folder; or make sure that it is of the same command."""
-    path = out / SETTINGS
-    if resume:
-        if not path.exists():
-            raise RunError(f"there is nothing in {out} to go on with.", "Leave --resume out.")
-        if (before := json_module.loads(path.read_text())) != what:
-            changed = sorted(key for key in what if before.get(key) != what[key])
-            raise RunError(f"{out} was begun with another {changed[0]}.", "Repeat the first command, and add --resume.")
-        return
-    if out.exists() and any(out.iterdir()):
-        raise RunError(f"{out} is not empty.", "Give another folder, or add --resume to go on.")
-    out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json_module.dumps(what, indent=1))
 
 
 def _fine_tune(out: Path, what: dict[str, Any], settings: Any, checkpoint_every: int) -> dict[str, Any]:
