@@ -11,7 +11,7 @@ A decision takes `DECISION_S`, which stands for a quick model. Tokens are the ch
 that a model would have read and written, divided by four; money is what they would cost at `USD_PER_MILLION`.
 
 `export` writes the sixty in GAIA's layout; `through_gaia` has them answered by the loop of `shoal eval gaia` by the
-solver, `by_a_model` by a real model, whatever that shows.
+solver, `by_a_model` by a real model in the same three ways, whatever that shows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from shoal.agents.gaia.dataset import read as read_set
 from shoal.agents.gaia.evaluation import Answered, Manner, answer_all, record_of
 from shoal.agents.scheduler.local import SamplerPolicy
 from shoal.agents.scheduler.log import EventLog
-from shoal.agents.scheduler.policy import Decided, View
+from shoal.agents.scheduler.policy import Decided, Policy, View
 from shoal.agents.scheduler.prompt import messages
 from shoal.agents.scheduler.records import Budget, Call, Decision, RunEvent, RunRequest, Spent
 from shoal.agents.scheduler.service import Runs
@@ -54,7 +55,6 @@ USD_PER_MILLION = (0.15, 0.60)
 
 SEEDS = 10
 
-MODEL_STEPS = 4
 MODEL_TOKENS = 96
 MODEL_AT_ONCE = 12
 MODEL_CONTEXT = 4096
@@ -205,40 +205,101 @@ def through_gaia(path: Path) -> tuple[list[dict[str, Any]], dict[str, float]]:
     return [{**row("gaia", kept), "levels": sorted({one.level for one in kept})}], {"gaia_right": right}
 
 
+@dataclass(frozen=True)
+class OneCall:
+    """A model that may only call one tool a decision: of what it wants, the first is done."""
+
+    policy: Policy
+
+    async def decide(self, view: View) -> Decided:
+        made = await self.policy.decide(view)
+        if made.decision is None or len(made.decision.calls) < 2:
+            return made
+        return replace(made, decision=msgspec.structs.replace(made.decision, calls=made.decision.calls[:1]))
+
+
+class Supervisor:
+    """A fixed supervisor over readers: all chunks of all documents are read, then the model answers from the texts."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    async def decide(self, view: View) -> Decided:
+        match len(view.steps):
+            case 0:
+                return _calls([("documents.list_documents", {})])
+            case 1:
+                return _calls([read(name) for name in view.value(view.steps[0].calls[0]) or ()])
+            case 2:
+                firsts = [view.value(name) for name in view.steps[1].calls]
+                rest = [(one["document"], number) for one in firsts if one for number in range(1, one["chunks"])]
+                if rest:
+                    return _calls([read(name, number) for name, number in rest])
+        return await self._policy.decide(replace(view, must_answer="all that there is has been read"))
+
+
+def _calls(wanted: list[Wanted]) -> Decided:
+    return Decided(Decision(calls=tuple(Call(id="", tool=tool, arguments=given) for tool, given in wanted)))
+
+
+MODEL_WAYS: dict[str, tuple[Callable[[Policy], Policy], int]] = {
+    "ours": (lambda policy: policy, 4),
+    "sequential": (OneCall, 8),
+    "minions": (Supervisor, 4),
+}
+"""How a model works in each way, and its decisions at most: one call a decision needs more of them."""
+
+
 def by_a_model(path: Path, name: str, seconds: float) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """The same sixty by a model in this process, within a time; a question that it did not come to counts as wrong."""
+    """The same sixty by a model in this process in all three ways, each within a time.
+
+    A question that it did not come to counts as wrong.
+    """
     export(path / "set")
     asked = read_set(path / "set")
     # One of each kind in turn, so that a time that is too short leaves out none of them.
     order = [asked[kind * SEEDS + seed] for seed in range(SEEDS) for kind in range(len(SERVED))]
-    kept: list[Answered] = []
 
-    async def work() -> None:
+    async def work() -> list[dict[str, Any]]:
         model = await asyncio.to_thread(resolve, name, model_cache(), lambda text: print(text, file=sys.stderr))
         log = EventLog(path / "model.db")
-        manner = Manner(Budget(steps=MODEL_STEPS, seconds=seconds), concurrency=MODEL_AT_ONCE)
         engine = LocalEngine(
             model, context_tokens=MODEL_CONTEXT, max_sequences=MODEL_AT_ONCE, prefix_tokens=2 * MODEL_CONTEXT
         )
+        rows = []
         async with engine as local:
             params = SamplingParams(max_tokens=MODEL_TOKENS, temperature=0.0)
-            policy = SamplerPolicy(local, local.tokenizer, params, prompt_chars=MODEL_PROMPT_CHARS)
-
-            def keep(one: Answered) -> None:
-                kept.append(one)
-                print(f"model: {len(kept)} of {len(order)}, {sum(bool(x.right) for x in kept)} right", file=sys.stderr)
-
-            try:
-                async with asyncio.timeout(seconds):
-                    await answer_all(order, log, lambda _: policy, tools_here, manner, keep)
-            except TimeoutError:
-                print(f"model: its {seconds:g} s are over", file=sys.stderr)
+            plain = SamplerPolicy(local, local.tokenizer, params, prompt_chars=MODEL_PROMPT_CHARS)
+            for way, (working, steps) in MODEL_WAYS.items():
+                policy = working(plain)
+                manner = Manner(Budget(steps=steps, seconds=seconds), concurrency=MODEL_AT_ONCE)
+                kept = await _reached(order, log, policy, manner, seconds, f"model, {way}")
+                found = {**row(way, kept), "way": f"{name}, {way}", "reached": len(kept), "questions": len(order)}
+                rows.append({**found, "success": sum(bool(one.right) for one in kept) / len(order)})
         log.close()
+        return rows
 
-    asyncio.run(work())
-    found = {**row(f"model {name}", kept), "reached": len(kept), "questions": len(order)}
-    found["success"] = sum(bool(one.right) for one in kept) / len(order)
-    return [found], {"model_success": found["success"], "model_reached": len(kept)}
+    rows = asyncio.run(work())
+    ways = zip(MODEL_WAYS, rows, strict=True)
+    return rows, {f"model_{way}_{key}": one[key] for way, one in ways for key in ("success", "reached", "latency_s")}
+
+
+async def _reached(
+    order: list[Asked], log: EventLog, policy: Policy, manner: Manner, seconds: float, said: str
+) -> list[Answered]:
+    """The questions that were answered in time."""
+    kept: list[Answered] = []
+
+    def keep(one: Answered) -> None:
+        kept.append(one)
+        print(f"{said}: {len(kept)} of {len(order)}, {sum(bool(x.right) for x in kept)} right", file=sys.stderr)
+
+    try:
+        async with asyncio.timeout(seconds):
+            await answer_all(order, log, lambda _: policy, tools_here, manner, keep)
+    except TimeoutError:
+        print(f"{said}: its {seconds:g} s are over", file=sys.stderr)
+    return kept
 
 
 def seconds_between(events: list[RunEvent]) -> float:

@@ -328,8 +328,8 @@ def judged(headline: Headline) -> Rows:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="+", choices=[*PARTS, "model"], default=[*PARTS, "model"])
-    parser.add_argument("--model", default="embedded", help="answers the sixty questions as well; '' for none")
-    parser.add_argument("--model-seconds", type=float, default=300.0)
+    parser.add_argument("--model", default="embedded", help="answers the sixty as well, in all three ways; '' for none")
+    parser.add_argument("--model-seconds", type=float, default=900.0, help="for each way")
     given = parser.parse_args()
     parts = dict(PARTS)
     if given.model:
