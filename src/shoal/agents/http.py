@@ -184,7 +184,7 @@ async def _body(request: Request, kind: type[T]) -> T:
         raise HTTPException(408, "the body did not arrive in time") from None
     try:
         return msgspec.json.decode(bytes(found), type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise HTTPException(400, f"the body is not what it should be: {error}") from None
 
 

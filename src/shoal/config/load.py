@@ -6,7 +6,6 @@ Whatever is wrong ends in one `ConfigError`; a configuration that loads is compl
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 from shoal.config.explain import Source, explain
 from shoal.config.overrides import Override, apply_overrides, parse_overrides
 from shoal.config.root import Config
+from shoal.config.toml import NoToml, tables_of
 from shoal.errors import ConfigError
 
 MAX_FILE_BYTES = 1 << 20
@@ -44,13 +44,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{file} has {len(raw)} bytes.", f"A configuration has at most {MAX_FILE_BYTES}.")
     try:
         text = raw.decode("utf-8")
-        data = tomllib.loads(text)
+        data = tables_of(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{file} is not UTF-8 text (byte {error.start}).", "Save it as UTF-8.") from None
-    except tomllib.TOMLDecodeError as error:
+    except NoToml as error:
         raise ConfigError(f"{file} is not valid TOML: {_lower_first(str(error))}.", "Correct that line.") from None
-    except RecursionError:
-        raise ConfigError(f"{file} nests its values too deeply.", "Use tables such as [learner.loss].") from None
     return _validate(data, str(file), text, parse_overrides(overrides))
 
 

@@ -7,12 +7,12 @@ assignment: `none` removes a key that may be absent (`--learner.lora none`), and
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from shoal.config.schema import is_optional, is_text, kind_of, locate, tag_values
+from shoal.config.toml import NoToml, tables_of
 from shoal.errors import ConfigError
 
 MAX_VALUE_CHARS = 65536
@@ -100,8 +100,8 @@ def _chooses_kind(override: Override, data: Mapping[str, Any]) -> bool:
 def _value(text: str) -> Any:
     """`text` as a TOML value, or as it is where it is none."""
     try:
-        parsed = tomllib.loads(f"value = {text}")
-    except (tomllib.TOMLDecodeError, RecursionError):
+        parsed = tables_of(f"value = {text}")
+    except NoToml:
         return text
     return parsed["value"] if set(parsed) == {"value"} else text
 

@@ -69,7 +69,7 @@ class Line(NamedTuple):
         try:
             fields = msgspec.msgpack.decode(payload, type=list[msgspec.Raw])
             version = msgspec.msgpack.decode(fields[0], type=int) if fields else 0
-        except (msgspec.DecodeError, RecursionError):
+        except (msgspec.DecodeError, RecursionError, OverflowError):
             raise TicketError(
                 f"this {self.noun} is damaged inside, though its checksum matches.", self.remedy
             ) from None
@@ -80,7 +80,7 @@ class Line(NamedTuple):
             )
         try:
             return msgspec.msgpack.decode(payload, type=record)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
             raise self.unusable(f"{error}") from None
 
     def unusable(self, why: str) -> TicketError:

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
 from typing import Literal
 
 import msgspec
 
+from shoal.config.toml import NoToml, tables_of
 from shoal.errors import ConfigError
 
 MAX_NODES = 250
@@ -266,10 +266,10 @@ def load_network(file: FilePath) -> Network:
         ConfigError: no such file, no TOML, or no valid description; the message names the key.
     """
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tables_of(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}.", "Give the TOML file of a network.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (NoToml, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not TOML: {error}.", "Mend the file.") from None
     try:
         return msgspec.convert(table, Network)

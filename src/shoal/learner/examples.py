@@ -84,7 +84,7 @@ def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
 def _example(line: bytes, where: str, tokenizer: Tokenizer, min_reward: float, index: int) -> list[Trajectory]:
     try:
         data = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {error}.") from None
     if isinstance(data, dict) and "turns" in data:
         return _from_episode(line, where, min_reward, index)

@@ -22,7 +22,6 @@ second; a class of `count` machines stands for that many alike.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +29,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from shoal.config.base import Section
+from shoal.config.toml import NoToml, tables_of
 from shoal.errors import ConfigError
 from shoal.planning.activation import HEADROOM, Billing
 from shoal.planning.scenario import Machine, Scenario
@@ -177,10 +177,10 @@ def load_fleet(path: Path) -> Fleet:
         raise ConfigError(f"{path} has {len(raw)} bytes.", f"A fleet file has at most {MAX_FILE_BYTES}.")
     try:
         text = raw.decode("utf-8")
-        data = tomllib.loads(text)
+        data = tables_of(text)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text (byte {error.start}).", "Save it as UTF-8.") from None
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except NoToml as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.", "Correct that line.") from None
     return fleet_from(data, str(path))
 

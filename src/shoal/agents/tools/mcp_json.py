@@ -91,7 +91,7 @@ def _document(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} has {len(data)} bytes; {MAX_FILE_BYTES} are allowed.")
     try:
         return msgspec.json.decode(data, type=dict[str, Any])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}.") from None
 
 

@@ -6,7 +6,6 @@ and no Python.
 
 from __future__ import annotations
 
-import tomllib
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from shoal.config.toml import NoToml, tables_of
 from shoal.envs.evm.genesis import load_genesis
 from shoal.envs.evm.language import parse
 from shoal.errors import TaskError
@@ -138,8 +138,8 @@ def read_tasks(text: str, where: str) -> list[Definition]:
         TaskError: says which task, and what is wrong with it.
     """
     try:
-        tables = tomllib.loads(text).get("task", [])
-    except tomllib.TOMLDecodeError as error:
+        tables = tables_of(text).get("task", [])
+    except NoToml as error:
         raise TaskError(f"{where} is not TOML: {error}.") from None
     found = []
     for table in tables:
