@@ -1,7 +1,8 @@
-"""One node of a collective as a process of its own: joins, does scripted steps of a fixed time, ends with its parent.
+"""One node of a collective as a process of its own: joins by ticket, does scripted steps of a fixed time, ends with its
+parent.
 
-Reads one line of JSON from its standard input (`Setup`), prints `ready` when everybody is there, and lives until that
-input ends.
+Reads one line of JSON from its standard input (`Setup`), prints `ready` when everybody is there, and then answers
+questions (`Question`), a line each, until that input ends.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from random import Random
@@ -18,17 +19,16 @@ from typing import Any
 import msgspec
 
 from shoal.agents.collective.node import CollectiveNode
-from shoal.agents.collective.work import NoChain, PlannedStep, SubTask, Work
+from shoal.agents.collective.work import NoChain, Plan, PlannedStep, SubTask, Work
+from shoal.coordinator.processes import die_with_parent
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
 from shoal.fabric.ticket import Ticket
-from shoal.protocol.roster import SignedRecord
-from shoal.swarm.grants import GrantBook
-from shoal.swarm.member import Member, profile
+from shoal.protocol.ledger import Contribution
+from shoal.rollout.link import taking_part
 
-RUN = "collective"
 SKILLS = ("sums of numbers", "products of numbers")
-WAIT_S = 120.0
+WAIT_S = 180.0
 
 
 class Setup(msgspec.Struct):
@@ -37,8 +37,6 @@ class Setup(msgspec.Struct):
     seed: str
     """Of its identity, hexadecimal."""
     ticket: str
-    root: bytes
-    grant: SignedRecord
     step_s: float
     accuracy: float
     others: int
@@ -47,15 +45,27 @@ class Setup(msgspec.Struct):
     lease_s: float
 
 
+class Question(msgspec.Struct):
+    """What a node may be asked while it lives."""
+
+    id: int
+    problem: str = ""
+    """To solve; empty: what does the ledger say?"""
+    planners: int = 3
+    timeout_s: float = 90.0
+
+
 class Reckoner:
-    """Reckons `a + b` or `a * b` in a fixed time, and is right with a fixed probability."""
+    """Reckons `a + b` or `a * b` in a fixed time; whether it errs follows from its seed and the step's words."""
 
     claims: Mapping[str, float] = dict.fromkeys(SKILLS, 0.5)
 
-    def __init__(self, step_s: float, accuracy: float, draw: Random) -> None:
+    def __init__(self, step_s: float, accuracy: float, seed: str) -> None:
         self._step_s = step_s
         self._accuracy = accuracy
-        self._draw = draw
+        self._seed = seed
+        self.done = 0
+        """Steps executed to their end, whether or not anybody still wanted them."""
 
     async def act(self, task: SubTask) -> Work:
         await asyncio.sleep(self._step_s)
@@ -64,15 +74,17 @@ class Reckoner:
             words = words.replace(f"${step}", result)
         a, operator, b = words.split()
         value = int(a) + int(b) if operator == "+" else int(a) * int(b)
-        if self._draw.random() >= self._accuracy:
-            value += self._draw.randint(1, 9)
+        draw = Random(f"{self._seed} {words}")
+        if draw.random() >= self._accuracy:
+            value += draw.randint(1, 9)
+        self.done += 1
         return Work(str(value), tokens=len(words))
 
 
 class Reading:
     """Writes `3 * 4 + 5 * 6`, read from left to right, as one step an operator."""
 
-    async def write(self, problem: str, skills: Sequence[str]) -> list[PlannedStep]:
+    async def write(self, problem: str, skills: Sequence[str]) -> Plan:
         if not re.fullmatch(r"\d+( [+*] \d+)+", problem):
             raise NoChain("that is no problem of this benchmark.")
         first, *rest = problem.split()
@@ -81,7 +93,7 @@ class Reading:
             left = f"${len(steps) - 1}" if steps else first
             needs = (len(steps) - 1,) if steps else ()
             steps.append(PlannedStep(SKILLS[operator == "*"], f"{left} {operator} {number}", needs))
-        return steps
+        return Plan(steps)
 
 
 def answer_of(problem: str) -> str:
@@ -98,25 +110,26 @@ def same(requirement: str, skill: str) -> float:
     return float(requirement == skill)
 
 
-async def enter(stack: AsyncExitStack, setup: Setup, fabric: Fabric, *, asks_only: bool = False) -> CollectiveNode:
-    """A node of the collective on an open fabric."""
-    grants = GrantBook(RUN, setup.root)
-    grants.merge_grant(setup.grant, time.time())
-    member = Member(fabric, RUN, setup.root, profile(fabric, RUN, ("agent",)), grants=grants)
-    await stack.enter_async_context(member)
-    draw = Random(setup.seed)
-    expert = None if asks_only else Reckoner(setup.step_s, setup.accuracy, draw)
+async def enter(
+    stack: AsyncExitStack, setup: Setup, name: str, *, asks_only: bool = False
+) -> tuple[CollectiveNode, Reckoner]:
+    """A node of the collective that the ticket is for, and the expert in it."""
+    ticket = Ticket.decode(setup.ticket)
+    fabric = await Fabric.connect(Identity(bytes.fromhex(setup.seed)), ticket, deadline_s=60.0)
+    await stack.enter_async_context(fabric)
+    part = await stack.enter_async_context(taking_part(fabric, ticket, "agent", name))
+    expert = Reckoner(setup.step_s, setup.accuracy, setup.seed)
     node = CollectiveNode(
-        member,
-        RUN,
-        expert=expert,
+        part.member,
+        ticket.run,
+        expert=None if asks_only else expert,
         writer=None if asks_only else Reading(),
         similar=same,
         slots=4,
         listens_s=setup.listens_s,
         lease_s=setup.lease_s,
     )
-    return await stack.enter_async_context(node)
+    return await stack.enter_async_context(node), expert
 
 
 async def everybody(node: CollectiveNode, others: int) -> None:
@@ -126,20 +139,52 @@ async def everybody(node: CollectiveNode, others: int) -> None:
             await asyncio.sleep(0.1)
 
 
+def accounts(node: CollectiveNode, expert: Reckoner) -> dict[str, Any]:
+    """What a node's ledger says, and what it did itself."""
+    said = [entry.what for _, entry in node.ledger.entries() if isinstance(entry.what, Contribution)]
+    delivered = Counter((one.chain, one.step) for one in said if one.delivery == "delivered")
+    return {
+        "root": node.ledger.root.hex(),
+        "delivered": delivered.total(),
+        "doubled": sum(count - 1 for count in delivered.values()),
+        "late": sum(one.delivery == "late" for one in said),
+        "convicted": len(node.ledger.convicted),
+        "executed": expert.done,
+        "peers": node.num_peers,
+    }
+
+
+async def answered(node: CollectiveNode, expert: Reckoner, question: Question) -> dict[str, Any]:
+    """What a question gets."""
+    if not question.problem:
+        return {"id": question.id, **accounts(node, expert)}
+    found = await node.solve(question.problem, planners=question.planners, timeout_s=question.timeout_s)
+    return {"id": question.id, "answer": found.answer, "seconds": found.seconds}
+
+
 async def live(setup: Setup) -> None:
     """Take part until the parent's pipe closes."""
     loop = asyncio.get_running_loop()
+    tasks: set[asyncio.Task[None]] = set()
     async with AsyncExitStack() as stack:
-        identity = Identity(bytes.fromhex(setup.seed))
-        fabric = await Fabric.connect(identity, Ticket.decode(setup.ticket), deadline_s=60.0)
-        await stack.enter_async_context(fabric)
-        node = await enter(stack, setup, fabric)
+        node, expert = await enter(stack, setup, setup.seed[:8])
         await everybody(node, setup.others)
         print("ready", flush=True)
-        await loop.run_in_executor(None, sys.stdin.buffer.read)
+
+        async def answer(question: Question) -> None:
+            print(msgspec.json.encode(await answered(node, expert, question)).decode(), flush=True)
+
+        while line := await loop.run_in_executor(None, sys.stdin.buffer.readline):
+            task = asyncio.create_task(answer(msgspec.json.decode(line, type=Question)))
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def main() -> None:
+    die_with_parent()
     setup: Any = msgspec.json.decode(sys.stdin.buffer.readline(), type=Setup)
     asyncio.run(live(setup))
 

@@ -1,144 +1,54 @@
-"""A collective without an orchestrator: what it costs, what deaths do to it, and whether liars are found.
+"""A collective without an orchestrator: what it costs, what deaths and cuts do to it, liars, and models that learnt.
 
     shoal bench collective --json
     shoal bench collective --json -- --only liars --problems 2000
+    shoal bench collective --json --timeout-s 40000 -- --only experts --folder runs/collective
 
-`steps`: sixteen node processes and a poser; scripted steps of a fixed time, so that what is longer than the steps is
-overhead. `deaths`: nodes are killed (SIGKILL) at random moments while problems are in flight. `liars`: see
-`_collective_liars`. The experts are scripted; processes, sockets, beacons, leases, ledger and votes are those that
-models use.
+`steps`      sixteen node processes and a poser; scripted steps of a fixed time, so that what is longer is overhead
+`deaths`     nodes killed (SIGKILL) at random moments while problems are in flight
+`issuer`     the ticket's issuer and one of two routers killed likewise
+`partition`  two halves cut from each other and mended, problems on both sides
+`liars`      see `_collective_liars`
+`experts`    LoRA experts trained here, on problems of which half need two skills: see `_collective_experts`; hours,
+             resumable by --folder, and therefore not part of a run without --only
+`table`      GSM8K and BIG-Bench Hard from SHOAL_DATA: see `_collective_table`; resumable, only by --only, too
+
+In the first five the experts are scripted; processes, sockets, beacons, leases, ledger and votes are those that models
+use.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import os
-import secrets
-import signal
 import statistics
-import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
-import msgspec
-
-from _collective_liars import play
-from _collective_node import RUN, SKILLS, Setup, answer_of, enter, everybody
-from shoal.agents.collective.node import CollectiveNode
-from shoal.errors import TaskError
-from shoal.fabric.fabric import Fabric
-from shoal.fabric.identity import Identity
-from shoal.swarm.grants import issue
+from _collective_faults import PLANNERS, STEPS, deaths, issuer, partition, problem, say
+from _collective_liars import NODES, play
+from _collective_node import SKILLS, answer_of
+from _collective_swarm import LEASE_S, swarm
+from shoal.errors import ConfigError, TaskError
 
 from _common import benchmark, emit
 
-NODES = 16
 STEP_S = 2.0
-STEPS = 4
-PLANNERS = 3
-LISTENS_S = 0.1
-LEASE_S = 6.0
-READY_S = 180.0
+
+QUICK = ("steps", "deaths", "issuer", "partition", "liars")
+PARTS = (*QUICK, "experts", "table")
 
 Result = tuple[list[dict[str, Any]], dict[str, float]]
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-class Swarm:
-    """Node processes, and one node in this process that poses problems."""
-
-    def __init__(self, poser: CollectiveNode, processes: list[asyncio.subprocess.Process]) -> None:
-        self.poser = poser
-        self.processes = processes
-
-    def kill(self, number: int) -> None:
-        """End one node as a power cut would."""
-        os.kill(self.processes[number].pid, signal.SIGKILL)
-
-
-@asynccontextmanager
-async def swarm(accuracy: float, seed: int) -> AsyncIterator[Swarm]:
-    """`NODES` processes that all see each other."""
-    root = Identity(Random(seed).randbytes(32))
-    async with AsyncExitStack() as stack:
-        fabric = await stack.enter_async_context(await Fabric.listen(root))
-        ticket = fabric.ticket(RUN, secrets.token_bytes(16))
-        now = time.time()
-
-        def setup(identity_seed: bytes) -> Setup:
-            key = Identity(identity_seed).public_key
-            return Setup(
-                seed=identity_seed.hex(),
-                ticket=ticket.encode(),
-                root=root.public_key,
-                grant=issue(root, RUN, key, ("agent",), now, 3600.0),
-                step_s=STEP_S,
-                accuracy=accuracy,
-                others=NODES,
-                listens_s=LISTENS_S,
-                lease_s=LEASE_S,
-            )
-
-        processes = []
-        for number in range(NODES):
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-c",
-                "import _collective_node; _collective_node.main()",
-                cwd=Path(__file__).parent,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-            )
-            stack.push_async_callback(_end, process)
-            assert process.stdin is not None
-            process.stdin.write(msgspec.json.encode(setup(Random(f"{seed} {number}").randbytes(32))) + b"\n")
-            processes.append(process)
-        own = secrets.token_bytes(32)
-        asking = await stack.enter_async_context(await Fabric.connect(Identity(own), ticket))
-        poser = await enter(stack, setup(own), asking, asks_only=True)
-        await everybody(poser, NODES)
-        try:
-            async with asyncio.timeout(READY_S):
-                for process in processes:
-                    assert process.stdout is not None
-                    if await process.stdout.readline() != b"ready\n":
-                        raise TaskError("a node of the collective ended at its start.")
-        except TimeoutError:
-            raise TaskError(f"the nodes did not find each other within {READY_S:.0f} s.") from None
-        yield Swarm(poser, processes)
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
-    try:
-        async with asyncio.timeout(10.0):
-            await process.wait()
-    except TimeoutError:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
-
-
-def problem(draw: Random) -> str:
-    """One of `STEPS` steps."""
-    return str(draw.randint(2, 9)) + "".join(f" {draw.choice('+*')} {draw.randint(2, 9)}" for _ in range(STEPS))
 
 
 async def steps(rounds: int, seed: int) -> Result:
     """How much longer a chain takes than its steps, and how long a beacon takes."""
     draw = Random(seed)
-    beacons, rows = [], []
-    async with swarm(1.0, seed) as nodes:
+    beacons: list[float] = []
+    rows: list[dict[str, Any]] = []
+    async with swarm(step_s=STEP_S, accuracy=1.0, seed=seed) as nodes:
         for _ in range(20):
             began = time.perf_counter()
             found = await nodes.poser.choose(SKILLS[0], LEASE_S)
@@ -158,44 +68,6 @@ async def steps(rounds: int, seed: int) -> Result:
         "beacon_ms": 1e3 * statistics.median(beacons),
         "beacon_max_ms": 1e3 * max(beacons),
         "steps_wrong": float(sum(not row["right"] for row in rows)),
-    }
-
-
-async def deaths(most: int, at_once: int, seed: int) -> Result:
-    """Problems in flight while nodes are killed, and problems posed afterwards."""
-    rows = []
-    for count in range(most + 1):
-        row = await _deaths(count, at_once, seed)
-        rows.append(row)
-        say(f"{count} of {NODES} killed: {row['right']:.2f} right, {row['unfinished']} unfinished")
-    return rows, {
-        "unfinished": float(sum(row["unfinished"] for row in rows)),
-        "right_without_deaths": rows[0]["right"],
-        "right_with_most_deaths": rows[-1]["right"],
-    }
-
-
-async def _deaths(count: int, at_once: int, seed: int) -> dict[str, Any]:
-    draw = Random(f"{seed} {count}")
-    async with swarm(0.9, seed) as nodes:
-
-        async def solve(text: str) -> tuple[str, str | None]:
-            found = await nodes.poser.solve(text, planners=PLANNERS, timeout_s=90.0)
-            return text, found.answer
-
-        flying = [asyncio.create_task(solve(problem(draw))) for _ in range(at_once)]
-        for number in draw.sample(range(NODES), count):
-            await asyncio.sleep(draw.uniform(0.0, 2.0))
-            nodes.kill(number)
-        during = await asyncio.gather(*flying)
-        after = await asyncio.gather(*(solve(problem(draw)) for _ in range(at_once)))
-    every = [*during, *after]
-    return {
-        "part": "deaths",
-        "killed": count,
-        "problems": len(every),
-        "unfinished": sum(answer is None for _, answer in every),
-        "right": sum(answer == answer_of(text) for text, answer in every) / len(every),
     }
 
 
@@ -220,25 +92,49 @@ def liars(problems: int, shares: list[float], seed: int) -> Result:
     }
 
 
+def run_part(part: str, given: argparse.Namespace) -> Result:
+    """One part's rows and headline."""
+    if part == "steps":
+        return asyncio.run(steps(given.rounds, given.seed))
+    if part == "deaths":
+        return asyncio.run(deaths(given.killed, given.row_problems, given.at_once, given.seed))
+    if part == "issuer":
+        return asyncio.run(issuer(given.row_problems, given.at_once, given.seed))
+    if part == "partition":
+        return asyncio.run(partition(given.row_problems, given.at_once, given.seed))
+    if part == "liars":
+        return liars(given.problems, given.shares, given.seed)
+    if given.folder is None:
+        raise ConfigError(f"the part {part} keeps what it trains and solves.", "Give --folder.")
+    if part == "experts":
+        from _collective_experts import experts
+
+        return experts(given.folder, given)
+    from _collective_table import scores
+
+    return scores(given.folder, given)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["steps", "deaths", "liars"], default=["steps", "deaths", "liars"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=QUICK)
     parser.add_argument("--rounds", type=int, default=10, help="Problems of the part `steps`.")
-    parser.add_argument("--killed", type=int, default=5, help="Most nodes that are killed at once.")
-    parser.add_argument("--at-once", type=int, default=4, help="Problems in flight while nodes are killed.")
+    parser.add_argument("--killed", type=int, default=5, help="Most nodes that are killed in a row.")
+    parser.add_argument("--row-problems", type=int, default=80, help="Of each row with deaths or cuts.")
+    parser.add_argument("--at-once", type=int, default=6, help="Problems in flight in such a row.")
     parser.add_argument("--problems", type=int, default=10_000, help="With 30 %% of liars; other rows have a fifth.")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.3, 0.4], help="Of liars.")
+    parser.add_argument("--folder", type=Path, help="Of `experts` and `table`: what is there is not made again.")
+    parser.add_argument("--train-examples", type=int, default=3000, help="Of each skill, of `experts`.")
+    parser.add_argument("--test-problems", type=int, default=300, help="Of `experts`, and of each task of `table`.")
+    parser.add_argument("--model", default="embedded", help="Of `experts` and `table`.")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of `experts` and `table`.")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     rows: list[dict[str, Any]] = []
     headline: dict[str, float] = {}
-    for part in arguments.only:
-        if part == "steps":
-            found, numbers = asyncio.run(steps(arguments.rounds, arguments.seed))
-        elif part == "deaths":
-            found, numbers = asyncio.run(deaths(arguments.killed, arguments.at_once, arguments.seed))
-        else:
-            found, numbers = liars(arguments.problems, arguments.shares, arguments.seed)
+    for part in given.only:
+        found, numbers = run_part(part, given)
         rows += found
         headline |= numbers
     emit(rows, headline)

@@ -1,7 +1,9 @@
-"""Web agents: reference episodes a second, resets, memory, and what is left of a browser that is killed.
+"""Web agents: the browser, the world model, and whether dreaming of the web helps on real pages.
 
     shoal bench dreams --json
     shoal bench dreams -- --only resets kill
+    shoal bench dreams --timeout-s 3600 -- --only train --seed 1                    one seed of training, resumable
+    shoal bench dreams --timeout-s 3600 -- --only train --seed 1 --row copy         or another: --help
 
 `episodes`: reference policies on one-page tasks of MiniWoB++, four tabs at once: `reference_episodes_per_s`, with the
 share that succeeded. `resets`: a thousand seeded resets in one process: milliseconds each, growth of the browser's
@@ -9,6 +11,12 @@ memory from the hundredth to the last, processes left when it is closed. `kill`:
 middle of an episode (which must become void) and the seconds until the next episode begins; then the process that owns
 a browser killed with -9, and what is left of that browser. `sites`: reference policies on every template of our own
 sites, four at once.
+
+`world`: collects episodes, fits the world model and measures it on held-out templates and the held-out site, beside the
+page left as it is, the model before it was fitted, and what can be known at all. `imitate`: learns from experts, and
+takes the best by validation. `train`: goes on from there in dreams (GSPO), and plays the same real held-out episodes
+before and after. `report`: sums up all seeds that have been trained. These four keep what they make in a folder, go on
+where they stopped, and end after `--minutes`; `--quick` shows in small that they run, and measures nothing.
 """
 
 from __future__ import annotations
@@ -21,14 +29,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from _dreams_stages import QUICK, ROW, Sizes, Stages, gain
 from shoal.envs.web.actions import Stop
 from shoal.envs.web.browser import BrowserError, close_browser, require_browser
 from shoal.envs.web.listed import listed
 from shoal.envs.web.play import Play
 from shoal.envs.web.sites.templates import TEMPLATES
+from shoal.errors import RunError
+from shoal.fabric.identity import data_dir
 
 from _common import benchmark, emit
 
@@ -263,20 +276,98 @@ async def sites() -> tuple[dict[str, Any], dict[str, float]]:
     return row, {"site_episodes_per_s": len(work) / seconds, "site_success": right / len(work)}
 
 
+async def world(stages: Stages) -> tuple[dict[str, Any], dict[str, float]]:
+    """In a thread: its commands have loops of their own."""
+    found = await asyncio.to_thread(stages.world_eval)
+    headline: dict[str, float] = {"dream_agreement": found["judging"].get("agreement", 0.0)}
+    for place, name in (("template", ""), ("site", "site_")):
+        row = found["held_out"][place]
+        for who, prefix in (("world", ""), ("untuned", "untuned_")):
+            if row.get(who, {}).get("transitions"):
+                headline[f"{name}{prefix}exact_minus_copy"] = row[who]["exact"] - row["copy"]["exact"]
+                headline[f"{name}{prefix}edit_f1"] = row[who]["edit_f1"]
+        if "bound" in found:
+            headline[f"{name}determined"] = found["bound"][place]["determined"]
+    headline |= {f"depth_{row['depth']:.0f}_edit_f1": row["edit_f1"] for row in found["depth"]}
+    headline["dreams_per_s"] = found["dreams_per_s"]
+    return found, headline
+
+
+async def train(stages: Stages, seed: int, row: str) -> tuple[dict[str, Any], dict[str, float]]:
+    """One seed of one row."""
+    if row == "experts_only":
+        found = await asyncio.to_thread(stages.experts_only)
+        return {"row": row, **found}, {"experts_only_accuracy": found["accuracy"]}
+    found = gain([await asyncio.to_thread(stages.trained, seed, row)])
+    return {"row": row, "seed": seed, **found}, {f"{row}_gain_points": found["gain_points"]}
+
+
+async def imitate(stages: Stages) -> tuple[dict[str, Any], dict[str, float]]:
+    """The policy that all training begins with."""
+    model, marks = await asyncio.to_thread(stages.imitated)
+    return {"model": str(model), "validation": marks}, {"imitation_validation": max(marks)}
+
+
+async def report(stages: Stages) -> tuple[dict[str, Any], dict[str, float]]:
+    """All that has been trained."""
+    rows: dict[str, Any] = {}
+    headline: dict[str, float] = {}
+    finished = sorted(path.parent for path in (stages.folder / "runs").glob("*/summary.json"))
+    for row in dict.fromkeys(run.name.rpartition("-")[0] for run in finished):
+        rows[row] = gain([run for run in finished if run.name.rpartition("-")[0] == row])
+        headline |= {f"{row}_{key}": rows[row][key] for key in ("gain_points", "episodes", "runs")}
+        headline[f"{row}_interval_low"] = rows[row]["interval_points"][0]
+    if not rows:
+        raise RunError(
+            f"nothing has been trained in {stages.folder} yet.",
+            "Train a seed: -- --only train --seed 0 (an hour each).",
+        )
+    return rows, headline
+
+
 PARTS: dict[str, Part] = {"episodes": episodes, "resets": resets, "kill": kill, "sites": sites}
+STAGED = ("world", "imitate", "train", "report")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; all by default")
-    chosen = parser.parse_args().only
-    require_browser()
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*PARTS, *STAGED],
+        help="parts to run; by default those of minutes, and what is there",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of train")
+    parser.add_argument("--row", default="dreams", help=f"of train: {ROW.pattern}")
+    parser.add_argument("--minutes", type=float, default=58.0, help="after which world and train stop, to go on later")
+    parser.add_argument("--folder", type=Path, default=data_dir() / "bench-dreams", help="of world, train and report")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of fitting and measuring models")
+    parser.add_argument("--model", default=Sizes().model, help="that is fitted and trained")
+    parser.add_argument("--quick", action="store_true", help="show in small that world, train and report run")
+    given = parser.parse_args()
+    if not ROW.fullmatch(given.row):
+        parser.error(f"there is no row {given.row}")
+    stages = Stages(
+        given.folder / "quick" if given.quick else given.folder,
+        replace(QUICK if given.quick else Sizes(), model=given.model),
+        given.minutes,
+        given.threads,
+    )
+    staged: dict[str, Part] = {
+        "world": partial(world, stages),
+        "imitate": partial(imitate, stages),
+        "train": partial(train, stages, given.seed, given.row),
+        "report": partial(report, stages),
+    }
     rows: list[dict[str, Any]] = []
     headline: dict[str, float] = {}
+    only = given.only or [*PARTS, *(name for name in ("world", "report") if stages.has(name))]
+    if only != ["report"]:
+        require_browser()
 
     async def run() -> None:
-        for name in chosen:
-            row, numbers = await PARTS[name]()
+        for name in only:
+            row, numbers = await (PARTS | staged)[name]()
             rows.append({"part": name, **row})
             headline.update(numbers)
             print(name, row, file=sys.stderr)

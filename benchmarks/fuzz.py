@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from _common import benchmark, emit
 
 HERE = Path(__file__).resolve().parents[1] / "tests" / "fuzzing"
 MAX_BYTES = 1 << 16
-RUN_TIMEOUT_S = 1200.0
+TARGET_TIMEOUT_S = 1200.0
 
 OUTCOMES = {"TooSlow": "hangs", "ALARM: working on the last": "hangs", "out-of-memory": "outgrown"}
 """What stands in the fuzzer's output, and what it is counted as; anything else is a crash."""
@@ -42,37 +45,41 @@ def targets() -> list[str]:
     return sorted(TARGETS)
 
 
-def fuzz(name: str, given: argparse.Namespace, found: Path) -> dict[str, Any]:
-    """One entrance, in a process of its own."""
-    clock = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="shoal-fuzz-") as corpus:
-        options = (
-            f"-runs={given.runs}",
-            f"-seed={given.seed}",
-            f"-max_len={MAX_BYTES}",
-            f"-rss_limit_mb={given.memory_mib}",
-            "-timeout=10",
-            f"-artifact_prefix={found / name}-",
-        )
-        command = [sys.executable, str(HERE / "fuzz_run.py"), name, corpus, *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": corpus}
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
-        ) as process:
-            try:
-                output = process.communicate(timeout=RUN_TIMEOUT_S)[0].decode(errors="replace")
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-    seconds = time.monotonic() - clock
+def fuzz(names: Sequence[str], given: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """The entrances one after another, all in forks of one process; a row of each as soon as it is done."""
+    options = [f"-runs={given.runs}", f"-seed={given.seed}", f"-max_len={MAX_BYTES}", "-timeout=10"]
+    options.append(f"-rss_limit_mb={given.memory_mib}")
+    command = [sys.executable, str(HERE / "fuzz_run.py"), str(folder), *names, "--", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    with (folder / "all.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        for name in names:
+            started = time.monotonic()
+            while not (folder / f"{name}.code").exists():
+                if process.poll() is not None and not (folder / f"{name}.code").exists():
+                    raise RunError("The fuzzer ended.", f"It said:\n{(folder / 'all.log').read_text()[-3000:]}")
+                if time.monotonic() - started > TARGET_TIMEOUT_S:
+                    raise RunError(f"{name} took longer than {TARGET_TIMEOUT_S:g} s.", "Give fewer --runs.")
+                time.sleep(0.1)
+            yield row(name, folder, time.monotonic() - started)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def row(name: str, folder: Path, seconds: float) -> dict[str, Any]:
+    """What came of one entrance."""
+    output = (folder / f"{name}.log").read_text(errors="replace")
     done = max((int(number) for number in re.findall(r"^#(\d+)", output, flags=re.MULTILINE)), default=0)
-    row: dict[str, Any] = {"target": name, "cases": done, "cases_per_s": done / seconds, "seconds": seconds}
-    row |= {"crashes": 0, "hangs": 0, "outgrown": 0}
-    if process.returncode != 0:
+    found: dict[str, Any] = {"target": name, "cases": done, "seconds": seconds}
+    found |= {"crashes": 0, "hangs": 0, "outgrown": 0}
+    if (folder / f"{name}.code").read_text() != "0":
         kind = next((counted for sign, counted in OUTCOMES.items() if sign in output), "crashes")
-        row[kind] = 1
-        row["said"] = output[-3000:]
-    return row
+        found[kind] = 1
+        found["said"] = output[-3000:]
+    return found
 
 
 def main() -> None:
@@ -91,12 +98,16 @@ def main() -> None:
     for name in given.only or ():
         if name not in known:
             raise RunError(f"there is no entrance {name!r}.", f"There are {', '.join(known)}.")
-    given.found.mkdir(parents=True, exist_ok=True)
     rows = []
-    for name in given.only or known:
-        rows.append(fuzz(name, given, given.found))
-        bad = [key for key in ("crashes", "hangs", "outgrown") if rows[-1][key]]
-        print(f"{name}: {rows[-1]['cases']} inputs {', '.join(bad)}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="shoal-fuzz-") as name:
+        folder = Path(name)
+        for found in fuzz(given.only or known, given, folder):
+            rows.append(found)
+            bad = [key for key in ("crashes", "hangs", "outgrown") if found[key]]
+            print(f"{found['target']}: {found['cases']} inputs {', '.join(bad)}", file=sys.stderr)
+            for kept in folder.glob(f"{found['target']}-*"):
+                given.found.mkdir(parents=True, exist_ok=True)
+                shutil.copy(kept, given.found / kept.name)
     totals = {key: sum(row[key] for row in rows) for key in ("cases", "crashes", "hangs", "outgrown")}
     emit(rows, {"targets": len(rows), **totals})
 

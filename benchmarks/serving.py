@@ -4,7 +4,7 @@ parity    greedy fp32 completions of many prompts (`_asked`), drawn together, in
           teacher-forced through transformers; a token that is not its likeliest is a divergence, whose margin is how
           much likelier, in logits, the likeliest was (`_forced`). The model itself, and tiny random ones.
 speed     32 sequences and one, bf16, beside transformers' `generate`; rounds alternate.
-vllm      the same 32 beside vLLM's CPU build (`_vllm`), eager and compiled, on one and two threads; best against best.
+vllm      the same 32 beside vLLM's CPU build (`_vllm`), eager and compiled, both on the same core and on two.
 soak      a real server, many clients, half of them leave; every answer is teacher-forced (`_soak`).
 int8      weights of 8 bits: speed beside bf16, and how far fp32's distributions are (`_quantised`).
 pipeline  three stages that take turns, beside one process, by the time between tokens (`_stages`).
@@ -25,12 +25,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -257,35 +259,63 @@ def speed_row(part: str, who: str, load: Load, threads: int, seconds: list[float
 
 
 def vllm(local: LocalModel, options: argparse.Namespace) -> Found:
-    """32 sequences beside vLLM, rounds in turn; each of its modes on one thread and on two."""
+    """32 sequences beside vLLM, rounds in turn, on the same cores; each of its modes on one core and on two.
+
+    Decoding is what a call of 64 tokens takes beyond one of a single token, which is the prompts and their first.
+    """
     rows: Rows = []
     headline: dict[str, float] = {}
-    for threads in (1, 2):
-        ratios = []
+    for threads in range(1, min(2, os.cpu_count() or 1) + 1):
+        cores = sorted(os.sched_getaffinity(0))[:threads]
+        whole, decoding = [], []
         for mode in _vllm.MODES:
-            engine = LocalEngine(local, dtype="bf16", device="cpu", threads=threads, max_sequences=SEQUENCES)
-            load = next(load for load in make_loads(engine, 64) if load.name == "rollout")
-            engine.tokenizer.end_ids = frozenset()
-            ours: list[tuple[float, float]] = []
-            theirs: list[tuple[float, float]] = []
-            with _vllm.running(local.directory, mode, threads=threads, sequences=SEQUENCES) as peer:
+            with pinned(cores), _vllm.running(local.directory, mode, cores=cores, sequences=SEQUENCES) as peer:
+                engine = LocalEngine(local, dtype="bf16", device="cpu", threads=threads, max_sequences=SEQUENCES)
+                load = next(load for load in make_loads(engine, 64) if load.name == "rollout")
+                engine.tokenizer.end_ids = frozenset()
+                first = replace(load, new_tokens=1)
                 run_engine(engine, replace(load, new_tokens=2))
                 peer.run(load.prompts, 2)
+                ours: dict[int, list[tuple[float, float]]] = {1: [], load.new_tokens: []}
+                theirs: dict[int, list[tuple[float, float]]] = {1: [], load.new_tokens: []}
                 for _ in range(options.rounds):
-                    processor = time.process_time()
-                    seconds = seconds_of(run_engine, engine, load)
-                    ours.append((seconds, time.process_time() - processor))
-                    theirs.append(peer.run(load.prompts, load.new_tokens))
-            asyncio.run(engine.close())
+                    for part in (first, load):
+                        processor = time.process_time()
+                        seconds = seconds_of(run_engine, engine, part)
+                        ours[part.new_tokens].append((seconds, time.process_time() - processor))
+                        theirs[part.new_tokens].append(peer.run(load.prompts, part.new_tokens))
+                asyncio.run(engine.close())
             for who, took in (("shoal", ours), (f"vllm {mode}", theirs)):
-                rows.append(speed_row("vllm", who, load, threads, [seconds for seconds, _ in took]))
-                rows[-1]["processor_s"] = [seconds for _, seconds in took]
+                row = speed_row("vllm", who, load, threads, [seconds for seconds, _ in took[load.new_tokens]])
+                row["prompt_seconds"] = [seconds for seconds, _ in took[1]]
+                row["processor_s"] = [seconds for _, seconds in took[load.new_tokens]]
+                row["prompt_processor_s"] = [seconds for _, seconds in took[1]]
+                rows.append(row)
             rows[-1]["tcmalloc"] = _vllm.tcmalloc()
-            ratios.append(statistics.median(t[0] / o[0] for o, t in zip(ours, theirs, strict=True)))
-            print(f"vllm: {mode}, {threads} threads: {ratios[-1]:.2f}", file=sys.stderr, flush=True)
+            pairs = list(zip(ours[load.new_tokens], theirs[load.new_tokens], strict=True))
+            our_prompts, their_prompts = (
+                statistics.median(seconds for seconds, _ in took[1]) for took in (ours, theirs)
+            )
+            whole.append(statistics.median(t[0] / o[0] for o, t in pairs))
+            decoding.append(statistics.median((t[0] - their_prompts) / (o[0] - our_prompts) for o, t in pairs))
+            said = f"vllm: {mode}, {threads} threads: {decoding[-1]:.2f}, with prompts {whole[-1]:.2f}"
+            print(said, file=sys.stderr, flush=True)
         # Its best mode is the one that we are least ahead of.
-        headline["decode32_over_vllm_cpu" + ("" if threads == 1 else "_2_threads")] = min(ratios)
+        suffix = "" if threads == 1 else "_2_threads"
+        headline[f"decode32_over_vllm_cpu{suffix}"] = min(decoding)
+        headline[f"rollout32_over_vllm_cpu{suffix}"] = min(whole)
     return rows, headline
+
+
+@contextlib.contextmanager
+def pinned(cores: Sequence[int]) -> Iterator[None]:
+    """Threads that begin inside stay on these cores."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def soak(local: LocalModel, options: argparse.Namespace) -> Found:

@@ -1,138 +1,75 @@
-"""Speculative decoding on one machine: accept lengths and speed by drafter and rule, round times, a head's training.
+"""Speculative decoding: accept lengths and speed by drafter and rule, batches, stages with delays, a head's training.
 
-The embedded model, bf16, one thread, greedy, one sequence at a time. Parts:
+The embedded model, bf16, one thread, greedy. Parts:
 
     verify   seconds of a pass by tokens a row, and how far the round's formula (t_draft + T_verify(γ+1)) is from rounds
-    rules    tokens a round, tokens a second and agreement with plain decoding, for each task, drafter and rule; every
-             task's variants alternate with plain decoding, so that a busy neighbour slows all
+    rules    tokens a round, tokens a second, agreement with plain decoding, tokens that are not the model's own, and
+             log-likelihood a token, for each task, drafter and rule; plain decoding between them, so that a busy
+             neighbour slows all. Each prompt is recorded, so an interrupted part goes on where it was (--fresh: anew)
+    batch    1, 8 and 32 sequences together: adaptive drafting beside plain decoding, in turn
+    ring     three stages, two of them elsewhere: delays of 20 and 50 ms on every link, in namespaces (root, Linux);
+             plain, strict, strict without frames ahead, margin and semantic in turn
+    accuracy 500 held-out questions of a configuration's environments (--config) under strict, margin and semantic, pair
+             by pair; wants a model that is good at them (--model runs/NAME/model) and --draft, else it is left out
     train    seconds of a training step of a head, and from that the time for 0.5 M tokens (not the training itself)
 
     shoal bench speculation
-    shoal bench speculation -- --only verify train
-    shoal bench speculation -- --only rules --head runs/head/head --prompts 4 --tokens 64
+    shoal bench speculation -- --only verify batch
+    shoal bench speculation -- --only rules ring --draft runs/head/head --prompts 4 --tokens 64
 
 Tasks: `copy` (the answer repeats the question) and `chat` (open questions), built in. With SHOAL_DATA, also `gsm8k` and
 `humaneval` from gsm8k/test.jsonl and humaneval/HumanEval.jsonl in it. The lossy rules need a drafter that is wrong in
-interesting ways, so with --head only.
+interesting ways, so with --draft only; they take calibrated thresholds where the model has them.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
-import os
 import random
 import statistics
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from shoal.engine.model import Decoder
-from shoal.engine.source import LocalModel, resolve
-from shoal.engine.speculation import eagle_training
-from shoal.engine.speculation.cache import RoundCache
-from shoal.engine.speculation.drafter import Drafter
+from _speculating import CONTEXT_TOKENS, Machine, Records, say, tasks
+from _speculating_accuracy import accuracy
+from _speculating_ring import ring
+from shoal.config.speculation import MarginRule, SemanticRule
+from shoal.engine.speculation import eagle_training, profile
+from shoal.engine.speculation.drafting import Fixed, Gammas
 from shoal.engine.speculation.eagle import feature_depths
-from shoal.engine.speculation.eagle_drafter import EagleDrafter
-from shoal.engine.speculation.eagle_files import head_config, load_head, new_head
+from shoal.engine.speculation.eagle_files import head_config, new_head
 from shoal.engine.speculation.fly import Fly
-from shoal.engine.speculation.loop import Fixed, Gammas, Round, Speculated, Speculator
-from shoal.engine.speculation.margin import Margin
-from shoal.engine.speculation.ngram import NgramDrafter
 from shoal.engine.speculation.rules import Rule
-from shoal.engine.speculation.semantic import Semantic
 from shoal.engine.speculation.strict import Strict
 from shoal.engine.speculation.typical import Typical
 from shoal.engine.speculation.writing import TargetText
-from shoal.engine.tokenizer import Tokenizer
 from shoal.learner.optimizer import MasterAdamW
 from shoal.planning.rounds import Curve, Ring
 from shoal.planning.speculation import Pacer
-from shoal.protocol.chat import Message
-from shoal.protocol.sampling import SampleRequest, SamplingParams
-from shoal.rollout.host import model_cache
+from shoal.serving.speculation import rule_of
 
 from _common import benchmark, emit
 
-PARTS = ("verify", "rules", "train")
+PARTS = ("verify", "rules", "batch", "ring", "accuracy", "train")
 GAMMA = 5
 WIDTHS = (1, 2, 4, 6, 8, 16)
+BATCHES = (1, 8, 32)
+BATCH_TOKENS = 128
 ESTIMATED_TOKENS = 500_000
 
-PASSAGES = (
-    "The lighthouse keeper wrote in his log that the sea was calm, that two ships had passed, that the oil was low.",
-    "def area(width, height):\n    if min(width, height) < 0:\n        raise ValueError\n    return width * height",
-    "Bring 250 g of flour, 3 eggs, half a litre of milk and a pinch of salt; let the batter rest for an hour.",
-    "Order 4711: 3 lamps, 12 bulbs, 2 cables. Order 4712: 1 lamp, 4 bulbs. Order 4713: 7 cables, 9 bulbs, 2 lamps.",
-)
-QUESTIONS = (
-    "Why is the sky blue?",
-    "Give me three ideas for a rainy Sunday.",
-    "What is the difference between a virus and a bacterium?",
-    "Write a short letter to a landlord about a broken heater.",
-)
+Result = tuple[list[dict[str, Any]], dict[str, float]]
 
 
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-class Machine:
-    """The embedded model and what every part needs of it."""
-
-    def __init__(self) -> None:
-        self.local: LocalModel = resolve("embedded", model_cache(), say)
-        self.tokenizer = Tokenizer(self.local.directory)
-        self.target = Decoder(self.local.config(), torch.bfloat16, torch.device("cpu"))
-        self.target.load(self.local.tensors())
-
-    def cache(self, tokens: int = 4096) -> RoundCache:
-        arch = self.target.arch
-        token_bytes = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * 2
-        sizes = arch.num_layers, arch.num_kv_heads, arch.head_dim, 4, tokens * token_bytes
-        return RoundCache(*sizes, torch.bfloat16, torch.device("cpu"))
-
-    def prompt(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.prompt([Message(role="user", content=text)]))
-
-    def decode(
-        self, prompt: tuple[int, ...], tokens: int, drafter: Drafter, rule: Rule, gammas: Gammas
-    ) -> tuple[Speculated, list[Round], float]:
-        """One completion, its rounds, and the seconds of all."""
-        rounds: list[Round] = []
-        speculator = Speculator(
-            self.target,
-            self.cache(),
-            drafter,
-            rule,
-            gammas,
-            end_ids=self.tokenizer.end_ids,
-            max_nodes=32,
-            on_round=rounds.append,
-        )
-        began = time.perf_counter()
-        done = speculator.run([SampleRequest(prompt, SamplingParams(max_tokens=tokens, temperature=0.0))])[0]
-        return done, rounds, time.perf_counter() - began
-
-
-def tasks(count: int) -> dict[str, list[str]]:
-    found = {"copy": [f"Repeat this text exactly, twice:\n\n{p}" for p in PASSAGES], "chat": list(QUESTIONS)}
-    data = Path(os.environ.get("SHOAL_DATA", "/nonexistent"))
-    for name, file, key in (("gsm8k", "test.jsonl", "question"), ("humaneval", "HumanEval.jsonl", "prompt")):
-        path = data / name / file
-        if path.is_file():
-            found[name] = [json.loads(line)[key] for line in path.read_text().splitlines()[:count]]
-    return {name: texts[:count] for name, texts in found.items()}
-
-
-def verify(machine: Machine) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def verify(machine: Machine) -> Result:
     """T_verify, and the formula beside real rounds."""
     times: dict[int, list[float]] = {width: [] for width in WIDTHS}
-    cache = machine.cache()
+    cache = machine.cache(1, CONTEXT_TOKENS)
     cache.reserve(1, 256, 0)
     for repeat in range(8):
         for width in WIDTHS:
@@ -145,85 +82,114 @@ def verify(machine: Machine) -> tuple[list[dict[str, Any]], dict[str, float]]:
     rows = [
         {"part": "verify", "tokens": width, "ms": s * 1e3, "over_one": s / seconds[1]} for width, s in seconds.items()
     ]
-    _, rounds, _ = machine.decode(machine.prompt(QUESTIONS[0]), 48, _Random(), Strict(), Fixed(GAMMA))
+    # Copying, so that look-up has something to propose in every round.
+    prompt = machine.prompt(tasks(1)["copy"][0])
+    rounds = machine.decode([prompt], 64, Strict(), Fixed(GAMMA)).rounds
+    rounds = [each for each in rounds if each.drafted[0] == GAMMA]
     drafted = statistics.median(each.draft_s for each in rounds)
-    ring = Ring(Curve.measured(seconds), Curve(((0, 0.0), (GAMMA, drafted))))
-    measured = statistics.median(each.draft_s + each.verify_s for each in rounds if each.drafted[0] == GAMMA)
-    error = abs(measured / ring.round_s(GAMMA) - 1)
-    rows.append({"part": "verify", "round_ms": measured * 1e3, "formula_ms": ring.round_s(GAMMA) * 1e3, "error": error})
+    model = Ring(Curve.measured(seconds), Curve(((0, 0.0), (GAMMA, drafted))))
+    measured = statistics.median(each.draft_s + each.verify_s for each in rounds)
+    error = abs(measured / model.round_s(GAMMA) - 1)
+    rows.append(
+        {"part": "verify", "round_ms": measured * 1e3, "formula_ms": model.round_s(GAMMA) * 1e3, "error": error}
+    )
     return rows, {"verify_8_over_1": seconds[8] / seconds[1], "round_model_error_local": error}
 
 
-class _Random(NgramDrafter):
-    """Drafts nonsense, so that every round has the same work."""
+def variants(machine: Machine, draft: Path | None) -> dict[str, dict[str, Any]]:
+    """What is compared, as `Machine.decode` takes it."""
+    found: dict[str, dict[str, Any]] = {
+        "plain": {"rule": Strict(), "gammas": None},
+        "ngram": {"rule": Strict(), "gammas": Fixed(GAMMA)},
+        "ngram tree": {"rule": Strict(), "gammas": Fixed(GAMMA), "tree_width": 3},
+        "ngram adaptive": {"rule": Strict(), "gammas": Pacer()},
+    }
+    if draft is None:
+        return found
+    own = {"trained": True}
+    found["drafter"] = {"rule": Strict(), "gammas": Fixed(GAMMA), **own}
+    found["drafter tree"] = {"rule": Strict(), "gammas": Fixed(GAMMA), "tree_width": 3, **own}
+    found["drafter adaptive"] = {"rule": Strict(), "gammas": Pacer(), **own}
+    known = profile.load(machine.local.directory)
+    lossy: dict[str, Rule] = {
+        "margin": rule_of(MarginRule(), known),
+        "margin paper": rule_of(MarginRule(theta=0.9, form="logits"), known),
+        "semantic": rule_of(SemanticRule(), known),
+        "typical": Typical(),
+        "fly": Fly(),
+    }
+    return found | {name: {"rule": rule, "gammas": Fixed(GAMMA), **own} for name, rule in lossy.items()}
 
-    def propose(self, gammas: Sequence[int], params: Any, uniforms_BG: Any, *, probs: bool) -> Any:
-        from shoal.engine.speculation.drafts import Drafts
 
-        return Drafts.chains([random.Random(0).choices(range(5, 40_000), k=gamma) for gamma in gammas])
-
-
-def rules(
-    machine: Machine, count: int, tokens: int, head: Path | None
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Accept lengths and speed. The order of variants is the same in every prompt, plain decoding between them."""
+def rules(machine: Machine, count: int, tokens: int, draft: Path | None, fresh: bool) -> Result:
+    """Accept lengths, speed and what it costs. The order of variants is the same in every prompt."""
+    records = Records("speculation", fresh)
     rows: list[dict[str, Any]] = []
     headline: dict[str, float] = {}
-    loaded = load_head(head, machine.local, torch.bfloat16, torch.device("cpu")) if head else None
-
-    def variants() -> dict[str, tuple[Drafter, Rule, Gammas]]:
-        found: dict[str, tuple[Drafter, Rule, Gammas]] = {
-            "plain": (NgramDrafter(), Strict(), Fixed(0)),
-            "ngram": (NgramDrafter(), Strict(), Fixed(GAMMA)),
-            "ngram tree": (NgramDrafter(width=3), Strict(), Fixed(GAMMA)),
-            "ngram adaptive": (NgramDrafter(), Strict(), Pacer()),
-        }
-        if loaded is not None:
-            found["eagle"] = EagleDrafter(loaded, 1, 4096), Strict(), Fixed(GAMMA)
-            found["eagle tree"] = EagleDrafter(loaded, 1, 4096, width=3), Strict(), Fixed(GAMMA)
-            found["eagle adaptive"] = EagleDrafter(loaded, 1, 4096), Strict(), Pacer()
-            lossy: list[Rule] = [Margin(), Margin(0.5, "ratio"), Semantic(), Typical(), Fly()]
-            for rule in lossy:
-                name = f"eagle {rule.name}" + (" p2/p1" if isinstance(rule, Margin) and rule.form == "ratio" else "")
-                found[name] = EagleDrafter(loaded, 1, 4096), rule, Fixed(GAMMA)
-        return found
-
     for task, texts in tasks(count).items():
         sums: dict[str, dict[str, float]] = {}
         for number, text in enumerate(texts, 1):
+            key = {"model": machine.local.name, "draft": str(draft), "task": task, "text": text, "tokens": tokens}
             prompt = machine.prompt(text)
             plain: tuple[int, ...] = ()
-            for name, (drafter, rule, gammas) in variants().items():
-                done, rounds, _ = machine.decode(prompt, tokens, drafter, rule, gammas)
-                plain = plain or done.token_ids
-                same = sum(a == b for a, b in zip(done.token_ids, plain, strict=False))
-                own = sums.setdefault(name, dict.fromkeys(("tokens", "rounds", "seconds", "same", "accepted"), 0.0))
-                own["tokens"] += len(done.token_ids) - 1
-                own["rounds"] += len(rounds)
-                own["seconds"] += sum(each.draft_s + each.verify_s for each in rounds)
-                own["same"] += same / max(len(done.token_ids), len(plain))
-                own["accepted"] += done.accepted
+            for name, how in variants(machine, draft).items():
+                rule = repr(how["rule"])
+                own = records.get(**key, variant=name, rule=rule)
+                if own is None:
+                    done = machine.decode([prompt], tokens, **how)
+                    one = done.completions[0]
+                    wrong, total = machine.foreign([prompt], done.completions)
+                    own = {"ids": one.token_ids, "tokens": done.tokens, "passes": done.passes, "seconds": done.seconds}
+                    own |= {"wrong": wrong, "total": total, "logprob": sum(one.logprobs)}
+                    records.put(own, **key, variant=name, rule=rule)
+                ids = tuple(own["ids"])
+                plain = plain or ids
+                added = {name_: float(value) for name_, value in own.items() if name_ != "ids"}
+                added["same"] = sum(a == b for a, b in zip(ids, plain, strict=False)) / max(len(ids), len(plain))
+                into = sums.setdefault(name, dict.fromkeys(added, 0.0))
+                for name_, value in added.items():
+                    into[name_] += value
             say(f"{task} {number}/{len(texts)}")
         base = sums["plain"]["tokens"] / max(sums["plain"]["seconds"], 1e-9)
         for name, own in sums.items():
+            per_round = own["tokens"] / max(own["passes"], 1)
             speed = own["tokens"] / max(own["seconds"], 1e-9)
-            per_round = own["tokens"] / max(own["rounds"], 1)
-            rows.append(
-                {
-                    "part": "rules",
-                    "task": task,
-                    "variant": name,
-                    "tokens_per_round": per_round,
-                    "tokens_per_s": speed,
-                    "over_plain": speed / base,
-                    "agreement": own["same"] / len(texts),
-                }
-            )
-            headline[f"tokens_per_round_{task}_{name.replace(' ', '_').replace('/', '_')}"] = per_round
+            row = {"part": "rules", "task": task, "variant": name, "tokens_per_round": per_round, "tokens_per_s": speed}
+            row |= {"over_plain": speed / base, "agreement": own["same"] / len(texts)}
+            row |= {"foreign": own["wrong"] / own["total"], "logprob_per_token": own["logprob"] / own["total"]}
+            rows.append(row)
+            headline[f"tokens_per_round_{task}_{name.replace(' ', '_')}"] = per_round
     return rows, headline
 
 
-def train(machine: Machine) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def batch(machine: Machine, draft: Path | None, rounds: int) -> Result:
+    """Adaptive drafting beside plain decoding, in turn: it may cost next to nothing where it does not pay."""
+    texts = [text for each in tasks(4).values() for text in each]
+    rows: list[dict[str, Any]] = []
+    headline: dict[str, float] = {}
+    for size in BATCHES:
+        prompts = [machine.prompt(f"{n}. {texts[n % len(texts)]}") for n in range(size)]
+        makers: dict[str, Callable[[], Gammas | None]] = {"plain": lambda: None, "ngram": Pacer}
+        if draft is not None:
+            makers["drafter"] = Pacer
+        taken: dict[str, list[float]] = {name: [] for name in makers}
+        for turn in range(rounds + 1):
+            for name, make in makers.items():
+                done = machine.decode(prompts, BATCH_TOKENS, Strict(), make(), trained=name == "drafter", endless=True)
+                if turn:  # the first warms up
+                    taken[name].append(done.tokens / done.seconds)
+                    say(f"batch {size} {name}: {taken[name][-1]:.1f} tokens a second")
+        for name, speeds in taken.items():
+            ratio = statistics.median(a / b for a, b in zip(speeds, taken["plain"], strict=True))
+            rows.append(
+                {"part": "batch", "sequences": size, "variant": name, "tokens_per_s": speeds, "over_plain": ratio}
+            )
+            if name != "plain":
+                headline[f"batch{size}_{name}_over_plain"] = ratio
+    return rows, headline
+
+
+def train(machine: Machine) -> Result:
     """Seconds of a training step: 8 texts of 32 + 160 tokens, 5 steps of the training-time test."""
     config = machine.local.config()
     head = new_head(head_config(config, 4096), config.hidden_size)
@@ -262,13 +228,19 @@ def train(machine: Machine) -> tuple[list[dict[str, Any]], dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="shoal bench speculation")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run; all by default")
-    parser.add_argument("--head", type=Path, help="a head that shoal draft train made for the embedded model")
+    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--draft", type=Path, help="a head or a student that shoal draft train made for the model")
     parser.add_argument("--prompts", type=int, default=2, help="of each task")
     parser.add_argument("--tokens", type=int, default=48, help="of each completion")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of the parts batch and ring")
+    parser.add_argument("--delays", type=float, nargs="+", default=[20.0, 50.0], help="ms one way, of the part ring")
+    parser.add_argument("--config", default="arithmetic", help="whose questions the part accuracy asks")
+    parser.add_argument("--items", type=int, default=500, help="of the part accuracy")
+    parser.add_argument("--fresh", action="store_true", help="forget what the part rules has recorded")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    machine = Machine()
+    machine = Machine(options.model, options.draft)
     rows: list[dict[str, Any]] = []
     headline: dict[str, float] = {}
     for part in options.only:
@@ -276,7 +248,19 @@ def main() -> None:
         if part == "verify":
             found = verify(machine)
         elif part == "rules":
-            found = rules(machine, options.prompts, options.tokens, options.head)
+            found = rules(machine, options.prompts, options.tokens, options.draft, options.fresh)
+        elif part == "batch":
+            found = batch(machine, options.draft, options.rounds)
+        elif part == "ring":
+            texts = tasks(options.prompts)["chat" if options.draft else "copy"]
+            found = asyncio.run(
+                ring(machine.local, options.draft, texts, options.delays, rounds=options.rounds, tokens=options.tokens)
+            )
+        elif part == "accuracy":
+            if options.draft is None:
+                say("left out: it needs --draft")
+                continue
+            found = asyncio.run(accuracy(machine.local, options.draft, options.config, options.items))
         else:
             found = train(machine)
         for row in found[0]:

@@ -121,6 +121,17 @@ def make_tiny_model(directory: Path, *, seed: int = 0) -> Path:
     return directory
 
 
+def make_wide_model(directory: Path) -> Path:
+    """The same with heads of 32, the smallest that vLLM computes on a CPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    make_tiny_model(directory)
+    config = LlamaConfig.from_pretrained(directory)
+    config.head_dim = 32
+    LlamaForCausalLM(config).save_pretrained(directory)
+    return directory
+
+
 def tiny_config(model: Path, runs: Path, **changes: Any) -> dict[str, Any]:
     """The tables of a configuration that finishes in seconds; `changes` replace keys: `learner__lr=0.1`."""
     tables: dict[str, Any] = {

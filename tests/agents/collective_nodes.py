@@ -11,7 +11,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 
 from shoal.agents.collective.node import CollectiveNode
-from shoal.agents.collective.work import Expert, NoChain, PlannedStep, StepFailed, SubTask, Work, Writer
+from shoal.agents.collective.work import Expert, NoChain, Plan, PlannedStep, StepFailed, SubTask, Work, Writer
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
 from shoal.protocol.roster import SwarmRole
@@ -64,11 +64,11 @@ class Script:
 class Halves:
     """Writes `(a * b) + c` as a product and a sum that needs it."""
 
-    async def write(self, problem: str, skills: Sequence[str]) -> list[PlannedStep]:
+    async def write(self, problem: str, skills: Sequence[str]) -> Plan:
         found = re.fullmatch(r"\((\d+ \* \d+)\) \+ (\d+)", problem)
         if found is None:
             raise NoChain("that is no sum.")
-        return [PlannedStep("a product", found[1]), PlannedStep("a sum", f"$0 + {found[2]}", needs=(0,))]
+        return Plan([PlannedStep("a product", found[1]), PlannedStep("a sum", f"$0 + {found[2]}", needs=(0,))])
 
 
 async def enter(

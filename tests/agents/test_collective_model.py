@@ -28,13 +28,15 @@ async def test_a_model_does_steps_and_writes_chains(model: Path) -> None:
             await expert.act(SubTask("sums", "x" * 9000))
 
         long = SamplingParams(max_tokens=1500, temperature=1.0, seed=1)
-        steps = await SamplerWriter(engine, engine.tokenizer, long).write("6 * 7 + 8", ["sums", "products"])
+        plan = await SamplerWriter(engine, engine.tokenizer, long).write("6 * 7 + 8", ["sums", "products"])
+        steps = plan.steps
+        assert plan.as_asked and plan.episode is not None and plan.tokens > 0
         assert 1 <= len(steps) <= 5 and {step.requirement for step in steps} <= {"sums", "products"}
         short = SamplingParams(max_tokens=3, temperature=1.0, seed=1)
         with pytest.raises(NoChain):
             await SamplerWriter(engine, engine.tokenizer, short).write("6 * 7", [])
         safe = await SamplerWriter(engine, engine.tokenizer, short, fallback="sums").write("6 * 7", [])
-        assert safe == [PlannedStep("sums", "6 * 7")]
+        assert safe.steps == [PlannedStep("sums", "6 * 7")] and not safe.as_asked
 
 
 def test_a_chain_is_read_and_needs_only_what_came_before() -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
+from pathlib import Path
 
 import pytest
 from collective_nodes import ROOT, Halves, Script, enter, eventually, identity
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shoal.agents.collective.answers import canonical
+from shoal.agents.collective.answers import canonical, is_right
+from shoal.agents.collective.baselines import central, direct, majority, self_consistency
 from shoal.agents.collective.node import CollectiveNode
+from shoal.agents.collective.sharing import OwnEntries
+from shoal.agents.collective.work import StepFailed, SubTask, Work
+from shoal.errors import StorageError
 from shoal.fabric.fabric import Fabric
 from shoal.protocol.episode import Task
 from shoal.protocol.ledger import Contribution
@@ -120,6 +125,114 @@ async def test_what_nobody_can_plan_or_do_ends_with_reasons(stack: AsyncExitStac
     assert found.answer is None and {chain.reason for chain in found.chains} == {"that is no sum."}
     found = await poser.solve("(6 * 7) + 8", planners=1, timeout_s=2.0)
     assert found.answer is None and found.seconds < 10
+
+
+async def test_what_a_chain_was_worth_reaches_those_who_took_part(stack: AsyncExitStack, listener: Fabric) -> None:
+    steps: list[tuple[int, str, float | None]] = []
+    plans: list[float | None] = []
+    seen: list[int] = []
+    poser = await enter(stack, listener, "poser", None)
+    inner = await stack.enter_async_context(AsyncExitStack())
+    only = await enter(
+        inner,
+        listener,
+        "only",
+        Script(takes_s=1.2),
+        Halves(),
+        slots=8,
+        on_work=lambda place, work, score: steps.append((place.step, work.result, score)),
+        on_plan=lambda chain, plan, score: plans.append(score),
+    )
+    await eventually(lambda: here(poser, only))
+    found = await poser.solve(
+        "(6 * 7) + 8",
+        planners=1,
+        timeout_s=60.0,
+        score=lambda answer: 0.25,
+        on_progress=lambda chain, planner, views: seen.append(sum(bool(view.result) for view in views)),
+    )
+    (chain,) = found.chains
+    assert [(view.requirement, view.result) for view in chain.steps] == [("a product", "42"), ("a sum", "50")]
+    assert chain.tokens == found.tokens == len("6 * 7") + len("42 + 8") and seen[-1] == 2 and min(seen) < 2
+    await poser.told()
+    assert sorted(steps) == [(0, "42", 0.25), (1, "50", 0.25)] and plans == [0.25]
+
+    # Nobody says what a chain is worth that its poser does not wait for.
+    await poser.solve("(6 * 7) + 8", planners=1, timeout_s=1.6)
+    await eventually(lambda: only.executor.done >= 3)
+    await inner.aclose()
+    assert steps[2:] and {score for _, _, score in steps[2:]} == {None}
+
+
+async def test_an_identity_that_comes_back_goes_on_with_what_it_said(
+    stack: AsyncExitStack, listener: Fabric, tmp_path: Path
+) -> None:
+    poser = await enter(stack, listener, "poser", None)
+    first = await enter(stack, listener, "first", Script(), Halves(), slots=4)
+    kept = tmp_path / "said.jsonl"
+    for life in (1, 2):
+        async with AsyncExitStack() as inner:
+            again = await enter(inner, listener, "again", None, Halves(), own=OwnEntries(kept))
+            await eventually(lambda: here(poser, first, again))  # noqa: B023
+            task = Task(env="sums", id=f"t{life}", seed=0)
+            key = identity("first").public_key
+            assert await again.calibrate(key, "sum", task, "2 + 2", partial(equals, "4")) == 1.0
+            await eventually(lambda: poser.tally().capability(key, "sum").trials == life)  # noqa: B023
+        await eventually(lambda: here(poser, first))
+    assert not poser.ledger.convicted and len(list(OwnEntries(kept))) == 4
+    with kept.open("ab") as file:
+        file.write(b'{"entries"')  # a writer that was killed
+    assert len(list(OwnEntries(kept))) == 4 and kept.read_bytes().endswith(b"\n")
+    kept.write_text("nonsense\n")
+    with pytest.raises(StorageError, match="contradict"):
+        OwnEntries(kept)
+
+
+async def test_a_central_scheduler_gives_every_step_away_itself(stack: AsyncExitStack, listener: Fabric) -> None:
+    poser = await enter(stack, listener, "poser", None)
+    product, total = Script({"product": 1.0}), Script({"sum": 1.0})
+    nodes = [poser, await enter(stack, listener, "ann", product), await enter(stack, listener, "bob", total)]
+    await eventually(lambda: here(*nodes))
+    found = await central(poser, Halves(), "(6 * 7) + 8", [], 30.0)
+    assert found.answer == "50" and found.tokens > 0 and not found.reason
+    assert [(task.task, task.needed) for task in (*product.told, *total.told)] == [("6 * 7", {}), ("$0 + 8", {0: "42"})]
+    lost = await central(poser, Halves(), "what is love?", [], 30.0)
+    assert lost.answer is None and lost.reason == "that is no sum."
+
+
+async def test_one_model_is_asked_as_often_as_tokens_allow() -> None:
+    class Wavering:
+        claims: Mapping[str, float] = {}
+        said = 0
+
+        async def act(self, task: SubTask) -> Work:
+            self.said += 1
+            if self.said == 2:
+                raise StepFailed("not today.")
+            return Work("7" if self.said % 3 else "8", tokens=10)
+
+    tried = await self_consistency(Wavering(), "which?", 100)
+    assert (tried.answer, tried.samples, tried.tokens) == ("7", 10, 90)
+    once = await direct(Wavering(), "which?")
+    assert (once.answer, once.tokens) == ("7", 10)
+    assert majority(["The 7", "8", "8.0"]) == "8" and majority(["...", ""]) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "right"),
+    [
+        ("The sum is 31.", "31", True),
+        ("31 or 32", "31", False),
+        ("fifty-six", "Fifty-six.", True),
+        ("I would say (B), not (A)", "(A)", True),
+        ("(C) red", "(c)", True),
+        ("C", "(C)", True),
+        ("red", "(C)", False),
+        (None, "1", False),
+    ],
+)
+def test_whether_an_answer_is_the_known_one(answer: str | None, truth: str, right: bool) -> None:
+    assert is_right(answer, truth) == right
 
 
 @pytest.mark.parametrize(

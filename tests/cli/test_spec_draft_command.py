@@ -27,7 +27,7 @@ def test_a_head_is_trained_and_goes_on_where_it_stopped(runs: Runs) -> None:
     losses = [line["loss"] for line in lines if line["kind"] == "step"]
     # What a random model says is nearly noise: there is little to be learnt, but not nothing.
     assert len(losses) == result["steps"] and losses[-1] < losses[0]
-    head = Path(result["head"])
+    head = Path(result["drafter"])
     assert {path.name for path in head.iterdir()} == {"config.json", "model.safetensors"}
     texts = (out / "texts.jsonl").read_text()
     # As if it had been killed in training, when all texts were written: the newest checkpoint is gone.
@@ -42,6 +42,25 @@ def test_a_head_is_trained_and_goes_on_where_it_stopped(runs: Runs) -> None:
     assert (head / "model.safetensors").read_bytes() == weights, "the same head as without the interruption"
     assert (out / "texts.jsonl").read_text() == texts
     assert other.wait() == 2 and "was begun with another seed" in other.said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_student_is_distilled_and_drafts(runs: Runs) -> None:
+    prompts, out = runs.path / "prompts.jsonl", runs.path / "drafter"
+    prompts.write_text("".join(json.dumps({"prompt": f"{n}?"}) + "\n" for n in range(12)))
+    words = ["draft", "train", runs.model, prompts, "--out", out, "--kind", "student", "--layers", "1"]
+    words += ["--tokens", "200", "--max-tokens", "30", "--epochs", "2", "--dtype", "fp32", "--device", "cpu"]
+    done = runs.shoal(*words, "--test-steps", "2", "--json")
+    assert done.wait() == 0, done.said
+    student = Path(done.result["drafter"])
+    assert student == out / "student" and len(done.result["heldout_accept"]) == 2
+    resumed = runs.shoal(*words, "--test-steps", "2", "--resume", "--json")
+    assert resumed.wait() == 0, resumed.said
+    words = ["chat", runs.model, "--message", "7?", "--max-tokens", "12", "--json"]
+    plain, drafted = runs.shoal(*words), runs.shoal(*words, "--draft", str(student))
+    assert plain.wait() == 0 and drafted.wait() == 0, plain.said + drafted.said
+    assert "answer" in drafted.result and drafted.result.keys() == plain.result.keys()
 
 
 @pytest.mark.parametrize(

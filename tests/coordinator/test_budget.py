@@ -14,6 +14,7 @@ from made import config, new_control, report, submission, void
 from msgspec.structs import replace
 
 from shoal.coordinator.control import Control
+from shoal.coordinator.costs import costs
 from shoal.coordinator.draining import LAST_ROLLOUTS_S, MOST_S
 from shoal.coordinator.hooks import Hooks
 from shoal.coordinator.rundir import RunDir
@@ -151,6 +152,33 @@ async def test_a_machine_is_given_back_once(tmp_path: Path) -> None:
     await made.close()
 
 
+async def test_activations_and_parks_are_told_in_turn(tmp_path: Path) -> None:
+    told = tmp_path / "told"
+
+    def says(what: str) -> list[str]:
+        return script(f"import os; open({str(told)!r}, 'a').write({what!r} + os.environ['SHOAL_NODE_NAME'] + ' ')")
+
+    made, _ = hooks(tmp_path, on_activate=says("+"), on_park=says("-"))
+
+    async def settled(**working: bool) -> str:
+        """What is told until nothing is left to tell; one command of a kind at a time."""
+        before = len(told.read_text().split()) if told.exists() else 0
+        for _ in range(3000):
+            made.settle(working, str.upper)
+            if not any(not task.done() for task in made._tasks.values()):
+                break
+            await asyncio.sleep(0.02)
+        return " ".join(sorted(told.read_text().split()[before:]) if told.exists() else [])
+
+    assert await settled(ann=True, bob=True, cat=False) == "+ANN +BOB", "nobody is parked who never worked"
+    assert await settled(ann=True, bob=True, cat=False) == ""
+    assert await settled(ann=False, bob=True, cat=True) == "+CAT -ANN"
+    made.gone("bob")
+    assert await settled(ann=False, cat=True) == ""
+    assert await settled(ann=True, bob=True, cat=True) == "+ANN +BOB"
+    await made.close()
+
+
 async def test_a_command_is_killed_with_its_children_when_its_time_is_over(tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     code = (
@@ -211,3 +239,12 @@ def test_the_summary_says_what_was_paid_for_nothing(tmp_path: Path, monkeypatch:
     assert told["usd"] == pytest.approx(8.0) and told["usd_idle"] == 0
     assert [told[f"usd_lost_{kind}"] for kind in ("void", "rejected", "expired", "stale")] == [2.0, 2.0, 2.0, 0.0]
     assert "usd_per_heldout_point" not in told and told["capacity"]["usd"] == pytest.approx(8.0)
+    assert told["usd_by_machine"] == {"ann": pytest.approx(8.0)}
+    control.evals.results.update({0: {"strict": 0.30}, 2: {"strict": 0.35}})
+    assert costs(control, 3600.0)["usd_per_heldout_point"] == pytest.approx(8.0 / 5)
+    control.evals.results[4] = {"strict": 0.29}
+    assert "usd_per_heldout_point" not in costs(control, 3600.0), "nothing was gained"
+
+
+def test_a_run_that_costs_nothing_tells_no_costs(tmp_path: Path) -> None:
+    assert costs(make(tmp_path), 1e6) == {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+import contextlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import msgspec
 import torch
 from engine_cases import local
 from torch import Tensor
@@ -16,6 +18,7 @@ from shoal.engine.pipeline.lanes import PipelineEngine
 from shoal.engine.pipeline.node import StageNode
 from shoal.engine.pipeline.ring import Rings
 from shoal.engine.pipeline.weights import chosen
+from shoal.engine.speculation.speculating import Speculation
 from shoal.fabric.identity import Identity
 from shoal.protocol.stage import Assignment, LinkAddress
 
@@ -25,7 +28,17 @@ PATIENCE_S = 60.0
 class RingOfStages:
     """A requester and its stages; layers are assigned by hand."""
 
-    def __init__(self, directory: Path, lanes: int, patience_s: float) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        lanes: int,
+        patience_s: float,
+        speculate: Callable[[int, int], Speculation] | None = None,
+        link_s: float = 0.0,
+        prefix_tokens: int = 0,
+    ) -> None:
+        self.link_s = link_s
+        self.relays: list[asyncio.Server] = []
         self.model = local(directory)
         self.rings = Rings(patience_s)
         self.identity = Identity.generate()
@@ -39,7 +52,8 @@ class RingOfStages:
         self.loaded: list[set[str]] = []
         self.engine = PipelineEngine(
             self.model, self.rings, dtype="fp32", lanes=lanes, threads=1,
-            max_sequences=16, cache_tokens=4096, context_tokens=256, prefill_tokens=64,
+            max_sequences=16, cache_tokens=4096, context_tokens=256, prefill_tokens=64, speculate=speculate,
+            prefix_tokens=prefix_tokens,
         )  # fmt: skip
 
     def _on_lost(self, key: bytes, why: str) -> None:
@@ -60,10 +74,30 @@ class RingOfStages:
         )  # fmt: skip
         key = identity.public_key
         self.nodes[key] = node
-        self.addresses[key] = await node.listen("127.0.0.1")
-        self.tasks[key] = asyncio.create_task(node.run(self.home))
+        self.addresses[key] = await self.slowed(await node.listen("127.0.0.1"))
+        self.tasks[key] = asyncio.create_task(node.run(await self.slowed(self.home)))
         assert await self.hub.linked(key, PATIENCE_S)
         return key
+
+    async def slowed(self, address: LinkAddress) -> LinkAddress:
+        """The same, behind a relay that delivers every byte `link_s` later."""
+        if not self.link_s:
+            return address
+        loop = asyncio.get_running_loop()
+
+        async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):
+                while data := await reader.read(1 << 16):
+                    loop.call_later(self.link_s, writer.write, data)
+            loop.call_later(self.link_s, writer.close)
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            there, back = await asyncio.open_connection(address.host, address.port)
+            await asyncio.gather(carry(reader, back), carry(there, writer))
+
+        relay = await asyncio.start_server(accept, "127.0.0.1", 0)
+        self.relays.append(relay)
+        return msgspec.structs.replace(address, port=relay.sockets[0].getsockname()[1])
 
     async def assign(self, keys: Sequence[bytes], cuts: Sequence[int]) -> None:
         """Layers between the cuts to these stages, and open the ring."""
@@ -82,6 +116,7 @@ class RingOfStages:
                     lanes=len(self.engine.lanes),
                     lane_slots=self.engine.lane_slots,
                     lane_tokens=self.engine.lane_tokens,
+                    prefix_tokens=self.engine.lane_prefix_tokens,
                     previous=keys[place - 1] if place else b"",
                     next=None if last else self.addresses[keys[place + 1]],
                 )
@@ -97,10 +132,17 @@ class RingOfStages:
 
 @asynccontextmanager
 async def ring_of(
-    directory: Path, cuts: Sequence[int], *, lanes: int = 1, patience_s: float = PATIENCE_S
+    directory: Path,
+    cuts: Sequence[int],
+    *,
+    lanes: int = 1,
+    patience_s: float = PATIENCE_S,
+    speculate: Callable[[int, int], Speculation] | None = None,
+    link_s: float = 0.0,
+    prefix_tokens: int = 0,
 ) -> AsyncIterator[RingOfStages]:
-    """A ring whose layers are cut there, ready."""
-    ring = RingOfStages(directory, lanes, patience_s)
+    """A ring whose layers are cut there, ready; each of its links takes `link_s`."""
+    ring = RingOfStages(directory, lanes, patience_s, speculate, link_s, prefix_tokens)
     ring.home = await ring.hub.start("127.0.0.1")
     try:
         keys = [await ring.add() for _ in range(len(cuts) + 1)]
@@ -111,3 +153,5 @@ async def ring_of(
         for key in list(ring.nodes):
             await ring.kill(key)
         await ring.hub.close()
+        for relay in ring.relays:
+            relay.close()

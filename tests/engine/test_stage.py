@@ -7,14 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from engine_cases import local
+from engine_cases import local, make_cache, make_decoder
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from shoal.engine.features import Features
 from shoal.engine.pipeline.stage import Stage, layer_bytes, layer_seconds
 from shoal.engine.pipeline.weights import Shelf, chosen, config_of, fetch
-from shoal.engine.pipeline.wire import from_bytes, to_bytes
+from shoal.engine.pipeline.wire import from_bytes, split_bytes, to_bytes
+from shoal.engine.speculation.drafts import ancestors
 from shoal.errors import ModelError, RecordError
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.stage import (
@@ -103,6 +105,9 @@ def test_a_step_comes_back_for_the_next(stage: Stage) -> None:
         {"ops": (*STEP.ops, CacheOp("copy", 0, 9, 1))},
         {"ops": (*STEP.ops, CacheOp("copy", 0, 1, 1000))},
         {"ops": (*STEP.ops, CacheOp("clear", 9))},
+        {"ops": (*STEP.ops, CacheOp("move", 9, 4, 2))},
+        {"ops": (*STEP.ops, CacheOp("move", 0, 32, 2))},
+        {"ops": (*STEP.ops, CacheOp("move", 0, 2, 4))},
         {"start": (0, 31)},
         {"first_slot": 3},
         {"width": 3},
@@ -121,6 +126,67 @@ def test_ids_that_the_model_does_not_have_are_refused(stage: Stage) -> None:
     for bad in (-1, stage.decoder.arch.vocab_size):
         with pytest.raises(RecordError, match="token ids"):
             stage.compute(STEP, to_bytes(torch.tensor([[5, bad], [7, 8]], dtype=torch.int32)))
+
+
+def test_steps_out_of_order_are_refused(stage: Stage) -> None:
+    stage.compute(STEP, IDS)
+    for number in (7, 6):
+        with pytest.raises(RecordError, match="out of order"):
+            stage.compute(replace(STEP, number=number, ops=()), IDS)
+    stage.compute(replace(STEP, number=9, ops=()), IDS)
+    stage.compute(replace(STEP, lane=0, number=2), IDS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parents": ((-1,),)},
+        {"parents": ((-1, 0), (-1, 0))},
+        {"parents": ((0,), (-1,))},
+        {"parents": ((-3,), (-1,))},
+        {"depths": (1, 0)},
+        {"depths": (-1,)},
+        {"depths": (0,) * 9},
+        {"voids": (1,) * 65},
+    ],
+    ids=str,
+)
+def test_a_header_that_contradicts_itself_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(RecordError):
+        replace(STEP, **changes).check()
+
+
+def test_a_tree_and_hidden_states_go_through_stages_as_through_one_model(plain: Path) -> None:
+    model = local(plain)
+    first = Stage(model.config(), torch.float32, CPU, ASSIGNMENT)
+    last = Stage(model.config(), torch.float32, CPU, replace(ASSIGNMENT, stage=1, first=1, last=2))
+    whole = make_decoder(plain)
+    for stage in (first, last):
+        stage.load(chosen(model, stage.decoder.shapes))
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    parents = ((-1, -1, 0), (-1, 0, -2))
+    step = replace(STEP, width=4, parents=parents, depths=(0, 1))
+    step.check()
+    done, data = last.compute(*first.compute(step, to_bytes(ids.int())))
+    assert done.stage == 2
+    size = whole.arch.hidden_size
+    found = split_bytes(data, torch.float32, [(2, 4, size)] * 3, CPU)
+    cache = make_cache(whole)
+    cache.reserve(2, 32, 0)
+    seen = Features((0, 1))
+    start = torch.zeros(2, dtype=torch.int64)
+    hidden = whole.forward(ids, start, cache, tree_BTT=ancestors(torch.tensor(parents)), observe=seen)
+    for one, other in zip(found, [hidden, *seen.each()], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    # The second branch of the first row stays: its entries move to where they stand in the text.
+    moved = replace(step, number=8, stage=0, width=1, start=(2, 3), parents=(), depths=(), busy_s=())
+    moved = replace(moved, ops=(CacheOp("move", 0, 2, 1),))
+    done, data = last.compute(*first.compute(moved, to_bytes(torch.tensor([[20], [21]]).int())))
+    cache.settle(0, 1, [1])
+    hidden = whole.forward(torch.tensor([[20], [21]]), torch.tensor([2, 3]), cache)
+    torch.testing.assert_close(split_bytes(data, torch.float32, [(2, 1, size)], CPU)[0], hidden, rtol=1e-5, atol=1e-5)
+    with pytest.raises(RecordError, match="wrong size"):
+        last.compute(replace(done, number=9, stage=1, depths=(0,), busy_s=()), b"\0" * (2 * size * 4))
 
 
 def test_layers_that_the_model_does_not_have_are_refused(plain: Path) -> None:

@@ -218,3 +218,34 @@ async def test_a_caller_who_goes_frees_the_place(deep: Path) -> None:
         await after(ring, 5)
         drawing.cancel()
         await until(lambda: not ring.engine.stats().live)
+
+
+async def test_beginnings_are_kept_on_the_stages(deep: Path, deep_reference: Any) -> None:
+    """A conversation's next turn finds its lane and what was computed; when a stage dies, nothing of it is believed."""
+    asked = requests(temperature=0.0)
+    expected = await local_draws(deep, asked)
+    turns = [SampleRequest((*p, *done.token_ids, 40 + n), asked[0].params) for n, (p, done) in enumerate(
+        zip(PROMPTS, expected, strict=True)
+    )]  # fmt: skip
+    wanted = await local_draws(deep, turns)
+    async with ring_of(deep, [1, 3], lanes=2, prefix_tokens=400) as ring:
+        for number, request in enumerate(asked):
+            assert_all_same(
+                deep_reference, [request], [expected[number]], await draw_all(ring, [request]), uniforms=False
+            )
+        assert_all_same(deep_reference, turns[-3:], wanted[-3:], await draw_all(ring, turns[-3:]), uniforms=False)
+        reused = ring.engine.stats().reused_tokens
+        assert reused > 70 and ring.engine.stats().prefix_bytes > 0
+        kept = [
+            sum(s.shape[-2] for s in lane.values())
+            for node in ring.nodes.values()
+            for lane in node._stage._kept.values()
+        ]  # type: ignore[union-attr]
+        assert 0 < max(kept) <= 200 and len(set(kept)) <= 2, "within the budget of each lane, alike on all stages"
+        keys = list(ring.nodes)
+        await ring.kill(keys[1])
+        ring.rings.close("a stage was killed.")
+        await ring.assign([keys[0], keys[2]], [2])
+        assert_all_same(deep_reference, turns, wanted, await draw_all(ring, turns), uniforms=False)
+        assert_all_same(deep_reference, turns, wanted, await draw_all(ring, turns), uniforms=False)
+        assert ring.engine.stats().reused_tokens > reused

@@ -171,6 +171,15 @@ async def test_lies_about_how_tokens_were_drawn_show(place: Place, kind: str) ->
     assert all(why(finding) for finding in found), [(f.difference, f.displacement) for f in found]
 
 
+async def test_where_seeds_are_not_checked_another_engine_may_draw(place: Place) -> None:
+    async with engine_of(place) as engine:
+        claims = [await act(engine, number, seed=1234) for number in range(2)]
+        for seeds in (True, False):
+            findings = place.checker(engine, seeds=seeds).check(claims)
+            assert all(("its seed draws other tokens" in why(finding)) == seeds for finding in findings)
+            assert all(finding.difference < 1e-4 for finding in findings), "log-probabilities are checked in any case"
+
+
 async def test_a_colder_sampler_shows_without_seeds(place: Place) -> None:
     """One who samples colder and tells true log-probabilities: only that its tokens are too likely gives it away."""
     surprise = Surprise()

@@ -77,3 +77,15 @@ def test_what_cannot_fit_is_refused(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     found = shape_of(str(tmp_path))
     assert found is not None and found.layers == 2
+
+
+def test_processes_share_what_is_divided_among_them() -> None:
+    shape = Shape.of(KNOWN["Qwen/Qwen3-4B"])
+    alone, shared = (learner_bytes(config(processes=n), shape) for n in (1, 4))
+    for part in ("masters", "gradients", "optimizer"):
+        assert shared[part] == alone[part] // 4
+    assert shared["weights"] == 0 and "gathered" not in alone, "what is trained is in the masters"
+    assert shared["activations"] <= alone["activations"]
+    adapters = learner_bytes(config(processes=4, lora={}), shape)
+    assert adapters["weights"] == pytest.approx(alone["weights"] / 4, rel=0.02)
+    assert sum(shared.values()) < sum(alone.values())

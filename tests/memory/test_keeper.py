@@ -162,7 +162,7 @@ def test_a_keeper_opens_with_what_it_had(tmp_path: Path) -> None:
         keeper.maintain()
         admit(keeper, "Count the digits of the product.", seed=2)
     with Keeper(tmp_path / "m", "n") as keeper:
-        assert len(keeper.index) == 2
+        assert len(keeper.retrieval.index) == 2
         assert keeper.search(HELP)[0].memory.id == memory.id
         keeper.remove(memory.id)
         assert memory.id not in {f.memory.id for f in keeper.search(HELP)}

@@ -7,11 +7,11 @@ import base64
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from memory_makers import make_context
+from memory_makers import make_context, make_entry
 
 from shoal.memory.abstraction import abstract
 from shoal.memory.extract import Refusal, candidate, correction, same_words, screen, worked_example
-from shoal.memory.recall import compose
+from shoal.memory.recall import RESULT, compose, with_notes
 from shoal.memory.records import Entry
 from shoal.memory.screening import (
     RECALLED_CLOSE,
@@ -23,6 +23,7 @@ from shoal.memory.screening import (
     normalise,
     without_recalled,
 )
+from shoal.protocol.chat import Message
 
 
 @given(st.text())
@@ -137,6 +138,29 @@ def test_abstract_forms_hold_no_instance() -> None:
     assert form.provenance.origin == entry.id and form.id != entry.id
     plain = candidate("Add the tens first, then the ones.", context, "insight")
     assert isinstance(plain, Entry) and abstract(plain) is None
+
+
+def test_worked_examples_become_turns_between_the_marks() -> None:
+    first, second, plain = (
+        make_entry("Task: What is 3 + 4?\nIn words.\nWhat worked: Total: 7\nthen It is seven."),
+        make_entry("Task: What is 1 + 1?\nWhat worked: Total: 2"),
+        make_entry("Write the carry\nabove the next column."),
+    )
+    opening = (Message(role="system", content="Add."), Message(role="user", content="What is 5 + 5?"))
+    block = compose([first, plain, second], max_tokens=500, count_tokens=lambda text: len(text.split()))
+    said = [(m.role, m.content) for m in with_notes(opening, block.text)]
+    assert said[0] == ("system", "Add.") and said[-1] == ("user", f"{RECALLED_CLOSE}\nWhat is 5 + 5?")
+    assert said[1][1].startswith(RECALLED_OPEN) and said[1][1].endswith("above the next column.\nWhat is 1 + 1?")
+    assert said[2:-1] == [
+        ("assistant", "Total: 2"),
+        ("user", "What is 3 + 4?\nIn words."),
+        ("assistant", "Total: 7"),
+        ("user", RESULT),
+        ("assistant", "It is seven."),
+    ]
+    block = compose([plain], max_tokens=500, count_tokens=lambda text: len(text.split()))
+    (_, asked) = with_notes(opening, block.text)
+    assert asked.content == f"{block.text}\n\nWhat is 5 + 5?"
 
 
 @given(st.lists(st.text(min_size=1, max_size=80), max_size=6), st.integers(0, 60))

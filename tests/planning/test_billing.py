@@ -37,7 +37,7 @@ def test_a_scripted_bill() -> None:
 
 @given(
     script=st.lists(
-        st.tuples(st.sampled_from(("acquire", "activate", "park", "release")), st.floats(0, 5000)), max_size=30
+        st.tuples(st.sampled_from(("acquire", "activate", "park", "release", "lost")), st.floats(0, 5000)), max_size=30
     ),
     billing=st.sampled_from(("per_use", "per_hour")),
 )
@@ -52,16 +52,45 @@ def test_random_scripts_cost_what_a_slow_reference_says(script: list[tuple[str, 
         assert ledger.usd(now) >= spent - 1e-9, "dollars never fall"
         spent = ledger.usd(now)
         assert -1e-9 <= ledger.idle_usd(now) <= spent + 1e-9
-    ours, active, held_since, used, hours = False, False, 0.0, 0.0, 0
+    ours, active, held_since, used, hours, paid_until = False, False, 0.0, 0.0, 0, -1.0
     for (start, act), end in zip(history, [*(t for t, _ in history[1:]), now], strict=False):
         if act in ("acquire", "activate") and not ours:
-            ours, held_since = True, start
-        if act == "release" and ours:
-            ours, hours = False, hours + max(1, math.ceil((start - held_since) / 3600))
+            ours = True
+            if start < paid_until:
+                hours -= math.ceil((paid_until - held_since) / 3600 - 1e-9)  # it goes on in the hour that it left
+            else:
+                held_since = start
+            paid_until = -1.0
+        if act in ("release", "lost") and ours:
+            begun = max(1, math.ceil((start - held_since) / 3600))
+            ours, hours = False, hours + begun
+            paid_until = held_since + 3600 * begun if act == "lost" else -1.0
         active = act == "activate" or (active and act == "acquire")
         used += (end - start) * active
     hours += max(1, math.ceil((now - held_since) / 3600)) if ours else 0
     assert spent == pytest.approx(3.6 * used / 3600 if billing == "per_use" else 3.6 * hours)
+
+
+def test_a_machine_that_was_lost_goes_on_in_its_paid_hour() -> None:
+    ledger = Ledger()
+    ledger.add("m", 3.0, "per_hour")
+    ledger.activate("m", 0.0)
+    ledger.lost("m", 600.0)
+    ledger.add("m", 3.0, "per_hour")
+    ledger.activate("m", 660.0)
+    assert ledger.usd(661.0) == ledger.usd(3599.0) == pytest.approx(3.0), "one hour is one hour"
+    assert ledger.accounts["m"].paid_hours_left(1800.0) == pytest.approx(0.5)
+    assert ledger.usd(3601.0) == pytest.approx(6.0)
+    ledger.lost("m", 3700.0)
+    ledger.activate("m", 7300.0)
+    assert ledger.usd(7301.0) == pytest.approx(9.0), "after the paid hour it is another"
+    ledger.lost("m", 7400.0)
+    ledger.add("m", 4.0, "per_hour")
+    ledger.activate("m", 7500.0)
+    assert ledger.usd(7501.0) == pytest.approx(13.0), "and so it is at another price"
+    ledger.release("m", 7600.0)
+    ledger.activate("m", 7700.0)
+    assert ledger.usd(7701.0) == pytest.approx(17.0), "what was given back is rented anew"
 
 
 def test_a_budget_leaves_enough_to_end_in_order() -> None:

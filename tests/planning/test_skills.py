@@ -47,6 +47,24 @@ def test_one_attester_counts_so_many_trials_and_none_for_itself() -> None:
     assert found.capability(KEYS[0], "sums").mean < 0.25, "three others outweigh a thousand entries of one"
 
 
+def test_a_step_that_is_delivered_twice_counts_once() -> None:
+    found = Tally()
+
+    def delivery(chain: str, step: int, delivered: str = "delivered") -> LedgerEntry:
+        what = Contribution(problem="p", chain=chain, step=step, delivery=delivered)  # type: ignore[arg-type]
+        return LedgerEntry(run="r", sequence=1, before=bytes(16), subject=KEYS[0], issued_at=0.0, what=what)
+
+    for _ in range(3):
+        found.add(KEYS[1], delivery("a", 0))
+    assert found.deliveries[KEYS[0]][KEYS[1]] == (1.0, 1.0)
+    found.add(KEYS[1], delivery("a", 1))
+    found.add(KEYS[1], delivery("b", 0))
+    found.add(KEYS[2], delivery("a", 0))
+    assert found.deliveries[KEYS[0]] == {KEYS[1]: (3.0, 3.0), KEYS[2]: (1.0, 1.0)}, "another step, chain or signer"
+    found.add(KEYS[1], delivery("a", 0, "late"))
+    assert found.deliveries[KEYS[0]][KEYS[1]] == (3.0, 4.0), "it did not come the other time"
+
+
 def test_liars_who_praise_each_other_and_blame_the_rest_are_not_believed() -> None:
     draw = Random(0)
     liars, honest = KEYS[:3], KEYS[3:10]

@@ -137,19 +137,72 @@ def test_an_estimate_comes_near_what_happens(alpha: float) -> None:
     assert estimate.accept[0] == pytest.approx(alpha, abs=0.2)
 
 
+def run_batch(
+    alphas: list[float], verify: Curve, draft: Curve, rounds: int, others: int = 0, delay_s: float = 0.0
+) -> tuple[float, float, list[list[int]]]:
+    """Tokens and seconds of a batch that a pacer paces, and its depths; drafts are right by fixed patterns."""
+    pacer = Pacer()
+    owed = [0.0] * len(alphas)
+    tokens = seconds_ = 0.0
+    chosen: list[list[int]] = []
+    rows = list(range(len(alphas)))
+    for _ in range(rounds):
+        gammas = pacer.gammas(rows, others)
+        accepted = [0] * len(alphas)
+        for row, (alpha, gamma) in enumerate(zip(alphas, gammas, strict=True)):
+            while accepted[row] < gamma:
+                owed[row] += alpha
+                if owed[row] < 1:
+                    break
+                owed[row] -= 1
+                accepted[row] += 1
+        widest = max(gammas)
+        draft_s, verify_s = draft.at(widest) if widest else 0.0, verify.at(widest + 1)
+        pacer.took(rows, gammas, accepted, draft_s, verify_s, delay_s, verify_s / 3, others)
+        tokens += sum(accepted) + len(alphas) + others
+        seconds_ += draft_s + verify_s + delay_s
+        chosen.append(gammas)
+    return tokens, seconds_, chosen
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.7])
+@pytest.mark.parametrize("slope", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("draft_s", [0.001, 0.3])
+def test_a_batch_is_never_slower_than_plain_by_more_than_three_percent(
+    alpha: float, slope: float, draft_s: float
+) -> None:
+    verify = Curve.linear(1.0, slope)
+    tokens, seconds_, _ = run_batch([alpha] * 32, verify, Curve.linear(0, draft_s), 400)
+    assert tokens / seconds_ >= 0.97 * 32 / verify.at(1)
+
+
+def test_a_batch_drafts_for_all_its_rows_together() -> None:
+    """One row's drafts slow down all rows: they are worth it for eight, not for one among many that never draft."""
+    verify, draft = Curve.linear(1.0, 0.5), Curve.linear(0, 0.01)
+    assert max(map(max, run_batch([0.95] * 8, verify, draft, 60)[2][-20:])) > 3
+    assert max(map(max, run_batch([0.95], verify, draft, 60, others=15)[2][-20:])) == 0
+    mixed = run_batch([0.95] * 8 + [0.02], verify, draft, 200)[2][-30:]
+    assert all(gammas[0] > 3 and gammas[8] <= 1 for gammas in mixed if gammas[0])
+
+
+def test_frames_fly_only_where_links_delay_answers() -> None:
+    for delay_s, more in ((0.0, False), (0.2, True)):
+        pacer = Pacer()
+        for gamma in (0, 0, 1, 1, *[4] * 20):
+            pacer.took([0], [gamma], [gamma], 0.001, 0.03, delay_s, 0.01)
+        assert (pacer.frames(1, 4) > 1) == more
+        assert pacer.frames(1, 0) == 1
+
+
 def run_pacer(alpha: float, verify: Curve, draft: Curve, rounds: int = 300, **settings: int) -> list[int]:
-    """The depths that a pacer chooses for one row, whose drafts are right by a fixed pattern of rate α."""
+    """The depths that a pacer chooses for one row, whose drafts are right with chance α."""
     pacer = Pacer(Settings(**settings))
     chosen = []
-    owed = 0.0
+    generator = random.Random(7)
     for _ in range(rounds):
         gamma = pacer.gammas([0])[0]
         accepted = 0
-        while accepted < gamma:
-            owed += alpha
-            if owed < 1:
-                break
-            owed -= 1
+        while accepted < gamma and generator.random() < alpha:
             accepted += 1
         pacer.took([0], [gamma], [accepted], draft.at(gamma) if gamma else 0.0, verify.at(gamma + 1))
         chosen.append(gamma)
@@ -158,7 +211,8 @@ def run_pacer(alpha: float, verify: Curve, draft: Curve, rounds: int = 300, **se
 
 def test_a_pacer_goes_off_where_nothing_is_accepted_and_tries_again_at_times() -> None:
     flat, cheap = Curve.linear(1.0, 0.02), Curve.linear(0, 0.02)
-    assert set(run_pacer(1.0, flat, cheap)[-50:]) == {8}
+    on = run_pacer(1.0, flat, cheap)[-50:]
+    assert on.count(8) >= 49 and on.count(8) + on.count(0) == 50, "a plain step at times, to compare with"
     off = run_pacer(0.0, flat, cheap, probe_every=40)
     assert sum(off[-82:]) <= 3 and any(off[-82:])
     assert set(run_pacer(1.0, flat, Curve.linear(0, 1.2), probe_every=1000)[-50:]) == {0}, "a slow drafter never pays"
@@ -173,7 +227,7 @@ def test_a_pacer_comes_near_the_best_fixed_depth(alpha: float, slope: float, dra
     seconds_ = sum(ring.round_s(g) for g in chosen)
     tokens = sum(expected_tokens([alpha], g) for g in chosen)
     best = max(rate([alpha], ring, g) for g in range(9))
-    assert tokens / seconds_ >= 0.85 * best
+    assert tokens / seconds_ >= 0.95 * best
 
 
 def test_a_pacer_forgets_rows_that_ended() -> None:

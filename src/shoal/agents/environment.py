@@ -99,9 +99,15 @@ class ToolUse(Environment):
     Settings: ClassVar[type[EnvironmentSettings]] = ToolUseSettings
 
     def task(self, split: Split, index: int, seed: int) -> Task:
-        check_cursor(index)
         kinds: tuple[Kind, ...] = self.settings.kinds
-        kind = kinds[index % len(kinds)]
+        return self._drawn(kinds[index % len(kinds)], split, index, seed)
+
+    def sibling(self, task_id: str, index: int, seed: int) -> Task:
+        found = _ID.fullmatch(task_id)
+        return self._drawn(found[1], "train", index, seed) if found else self.task("train", index, seed)  # type: ignore[arg-type]
+
+    def _drawn(self, kind: Kind, split: Split, index: int, seed: int) -> Task:
+        check_cursor(index)
         for attempt in range(MAX_DRAWS):
             number = stable_int(split, index, seed, attempt) % 10**18
             held = stable_fraction("heldout", question(kind, number).text) < HELDOUT_SHARE
@@ -109,11 +115,18 @@ class ToolUse(Environment):
                 return Task(env=self.name, id=f"{kind}-{number}", seed=0)
         raise TaskError(f"no {split} question of the kind {kind} was found.")
 
-    async def reset(self, task: Task) -> Observation:
+    def question(self, task: Task) -> Question:
+        """What a task asks; raises `TaskError` where it is not this environment's."""
         found = _ID.fullmatch(task.id)
         if found is None:
             raise TaskError(f"no such task: {task.id[:100]!r}.")
-        self._question = question(found[1], int(found[2]))  # type: ignore[arg-type]
+        return question(found[1], int(found[2]))  # type: ignore[arg-type]
+
+    def answers(self, task: Task) -> tuple[str, ...]:
+        return (str(self.question(task).answer),)
+
+    async def reset(self, task: Task) -> Observation:
+        self._question = self.question(task)
         self._tools = {tool.card.name: tool for tool in self._question.tools()}
         self._cards = {name: tool.card for name, tool in self._tools.items()}
         self._schemas = {name: Schema(card.parameters, name) for name, card in self._cards.items()}
@@ -122,6 +135,10 @@ class ToolUse(Environment):
         self._seen = [self._question.text]
         said = messages(View(task=self._question.text, cards=self._cards), "brief")
         return Observation(tuple(said), self._grammar())
+
+    def also_read(self, notes: str) -> Grammar | None:
+        self._seen.append(notes)
+        return self._grammar()
 
     async def step(self, action: str, *, truncated: bool = False) -> Step:
         self._turns += 1

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from shoal.cli import agent_serving
+from shoal.cli import agent_host, agent_join, agent_serving
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Flag, Json
 from shoal.errors import ConfigError
@@ -30,6 +30,8 @@ Many = Annotated[tuple[str, ...], Parameter(negative="")]
 
 app = App(name="agent")
 app.command(agent_serving.serve)
+app.command(agent_host.run, name="host")
+app.command(agent_join.run, name="join")
 
 
 @app.default
@@ -50,6 +52,7 @@ def run(
     seconds: float = 600.0,
     usd: float = 1.0,
     session: str = "",
+    memory: Path | None = None,
     approve: Flag = False,
     episode: Path | None = None,
     reward: float = 0.0,
@@ -92,6 +95,7 @@ def run(
         seconds: At most so long.
         usd: At most so much money.
         session: Runs of one session see each other's tasks and answers.
+        memory: A folder of memories: what fits the task is put before it, as notes (shoal memory).
         approve: Allow without asking the calls of tools that are marked as dangerous.
         episode: Add the run to this file, as an episode that can be trained on; for a model in this process.
         reward: What the episode was worth.
@@ -152,7 +156,7 @@ def run(
             _keep_episode(runs, name, episode, reward)
         return _report(runs.summary(name), json)
 
-    return asyncio.run(with_runs(opened, who, tooling, work))
+    return asyncio.run(with_runs(opened, who, tooling, work, memory=memory))
 
 
 @dataclass(frozen=True)
@@ -180,11 +184,13 @@ async def with_runs(
     work: Callable[[Runs], Awaitable[int]],
     *,
     approval_timeout_s: float | None = None,
+    memory: Path | None = None,
 ) -> int:
     """Do something with runs that have their tools connected and their model loaded; all of it ends afterwards.
 
     Args:
         approval_timeout_s: nobody's answer within this is a no.
+        memory: a folder of memories that runs are shown notes from.
     """
     from shoal.agents.scheduler.runner import APPROVAL_TIMEOUT_S
     from shoal.agents.scheduler.service import Runs
@@ -200,7 +206,12 @@ async def with_runs(
         callees: list[Callee] = [*connected.tools, *map(RemoteAgentTool, others)]
         policy = await stack.enter_async_context(policy_of(who))
         timeout_s = APPROVAL_TIMEOUT_S if approval_timeout_s is None else approval_timeout_s
-        runs = Runs(log, Toolbox(callees), policy, approval_timeout_s=timeout_s)
+        recall = None
+        if memory is not None:
+            from shoal.agents.builtin.memories import notes_from
+
+            recall = notes_from(memory)
+        runs = Runs(log, Toolbox(callees), policy, recall=recall, approval_timeout_s=timeout_s)
         stack.push_async_callback(runs.close)
         return await work(runs)
 

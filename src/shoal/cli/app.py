@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "router": ("run", "Relay between machines that cannot reach each other."),
     "status": ("run", "Show who takes part in a run, how they are, and who waits for whom."),
     "logs": ("run", "Show what a node of a run logged."),
+    "console": ("run", "Show runs, agents, memories or a server in a browser."),
     "doctor": ("run", "Check this machine, and the way to a run."),
     "debug": ("app", "Find out where a run hangs."),
     "sft": ("run", "Fine-tune a model on examples: conversations, or a run's best episodes."),
@@ -51,7 +52,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("app", "Measure a model on held-out questions, or on quests."),
     "serve": ("run", "Serve a model over HTTP, as OpenAI's API does."),
     "chat": ("run", "Talk to a model."),
+    "export": ("run", "Write a trained model for llama.cpp, or as a Hugging Face folder."),
     "agent": ("app", "Do a task by calling tools, or serve such runs."),
+    "solve": ("run", "Have a problem solved by a collective of agents, with nobody in charge."),
     "tools": ("app", "Serve tools over MCP, and look at those of an mcp.json."),
     "memory": ("app", "See what is remembered, check why, and take it back."),
     "evm": ("app", "Try, test and measure quests on an EVM chain."),
@@ -63,7 +66,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Name -> attribute of its module, summary. `shoal --help` lists them in this order."""
 
-INTERNAL = ("_learner", "_prepare")
+INTERNAL = ("_learner", "_prepare", "_version")
 """Commands that Shoal's own processes call; `shoal --help` does not show them."""
 
 OWN_OPTIONS = ("--help", "-h", "--version")

@@ -18,6 +18,7 @@ def run(
     temperature: float = 0.0,
     max_tokens: int = 256,
     threads: int = 1,
+    draft: str = "",
     json: Json = False,
 ) -> None:
     """Talk to a model. Ends with Ctrl-D.
@@ -34,19 +35,30 @@ def run(
         temperature: 0 always takes the likeliest token.
         max_tokens: Longest answer.
         threads: CPU threads.
+        draft: Speculate, losslessly: ngram, a head's folder, or a smaller model with the same tokenizer.
     """
-    asyncio.run(_talk(model, message, system, temperature, max_tokens, threads, json))
+    asyncio.run(_talk(model, message, system, temperature, max_tokens, threads, draft, json))
 
 
 async def _talk(
-    name: str, message: str, system: str, temperature: float, max_tokens: int, threads: int, as_json: bool
+    name: str,
+    message: str,
+    system: str,
+    temperature: float,
+    max_tokens: int,
+    threads: int,
+    draft: str,
+    as_json: bool,
 ) -> None:
+    from shoal.config import Serving
+    from shoal.config.speculation import Speculation
     from shoal.engine.local import LocalEngine
     from shoal.engine.source import resolve
     from shoal.errors import CapacityError, ConfigError
     from shoal.protocol.chat import Message
     from shoal.protocol.sampling import SampleRequest, SamplingParams
     from shoal.rollout.host import model_cache
+    from shoal.serving.speculation import NGRAM, speculations
 
     if as_json and not message:
         raise ConfigError("--json answers one question.", "Give it with --message.")
@@ -54,7 +66,15 @@ async def _talk(
     context = model.config().max_position_embeddings
     out = console()
     said: list[Message] = [Message(role="system", content=system)] if system else []
-    async with LocalEngine(model, threads=threads, max_sequences=1, context_tokens=context) as engine:
+    drafter = None if draft in ("", NGRAM) else await asyncio.to_thread(resolve, draft, model_cache(), note)
+    speculate = speculations(model, Serving(speculation=Speculation(draft=draft)), drafter)
+    async with LocalEngine(
+        model,
+        threads=threads,
+        max_sequences=1,
+        context_tokens=context,
+        speculation=speculate(1, context) if speculate else None,
+    ) as engine:
         while True:
             question = message or await asyncio.to_thread(_ask)
             if not question:

@@ -7,7 +7,7 @@ import json as json_module
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 from cyclopts import App
@@ -20,9 +20,12 @@ from shoal.protocol.chat import Message
 
 if TYPE_CHECKING:
     from shoal.engine.source import LocalModel
+    from shoal.engine.speculation.eagle_pupil import Pupil
+    from shoal.engine.speculation.student_training import StudentPupil
     from shoal.engine.speculation.writing import TargetText
 
-SETTINGS, TEXTS, METRICS, CHECKPOINTS, HEAD = "draft.json", "texts.jsonl", "metrics.jsonl", "checkpoints", "head"
+SETTINGS, TEXTS, METRICS, CHECKPOINTS = "draft.json", "texts.jsonl", "metrics.jsonl", "checkpoints"
+HEAD, STUDENT = "head", "student"
 
 IN_FLIGHT = 2
 """Requests asked of the engine at once, for each sequence that it decodes together."""
@@ -43,6 +46,8 @@ def train(
     /,
     *,
     out: Path,
+    kind: Literal["eagle", "student"] = "eagle",
+    layers: int = 3,
     tokens: int = 500_000,
     max_tokens: int = 256,
     temperature: float = 0.0,
@@ -63,7 +68,7 @@ def train(
     resume: Flag = False,
     json: Json = False,
 ) -> None:
-    """Train an EAGLE-3 head on text that the model itself writes.
+    """Train a drafter on text that the model itself writes: an EAGLE-3 head, or a student of a few layers.
 
     PROMPTS has one JSON object a line: {"prompt": ...} or {"messages": [...]} as in chat APIs, of which the last
     assistant turn is left out. The model answers them until there are enough tokens, then the head learns from that;
@@ -73,15 +78,18 @@ def train(
 
         shoal draft train embedded prompts.jsonl --out head
         shoal draft train embedded prompts.jsonl --out head --resume
+        shoal draft train embedded prompts.jsonl --out student --kind student --layers 3
 
     Args:
         model: embedded, a directory, a .gguf file or a hub name.
         prompts: What the model is asked. Repeated with other seeds where the temperature is above 0.
-        out: A new folder for texts, metrics, checkpoints and the head.
+        out: A new folder for texts, metrics, checkpoints and the drafter.
+        kind: eagle, a head that reads the model's hidden states; or student, a model of its own.
+        layers: Of a student.
         tokens: Tokens that the model writes at most.
         max_tokens: Longest answer.
         temperature: Of the answers; 0 is greedy.
-        draft_vocab: Tokens that the head can propose, the model's most frequent ones.
+        draft_vocab: Tokens that a head can propose, the model's most frequent ones.
         epochs: Times that every text is learnt.
         batch_size: Texts of one optimizer step.
         microbatch: Texts of one pass; lower it where memory is short, the result stays the same.
@@ -97,7 +105,18 @@ def train(
         device: auto, cpu, cuda or cuda:N.
         resume: Go on in the folder.
     """
-    counts = tokens, max_tokens, draft_vocab, epochs, batch_size, microbatch, test_steps, eval_every, checkpoint_every
+    counts = (
+        layers,
+        tokens,
+        max_tokens,
+        draft_vocab,
+        epochs,
+        batch_size,
+        microbatch,
+        test_steps,
+        eval_every,
+        checkpoint_every,
+    )
     if min(*counts, max_sequences) < 1:
         raise ConfigError("all counts must be at least 1.")
     if not 0 < heldout < 1:
@@ -121,6 +140,8 @@ def train(
         "dtype": dtype,
         "seed": seed,
     }
+    if kind == "student":
+        what |= {"kind": kind, "layers": layers}
     conversations = _read_prompts(prompts)
     claim(out, SETTINGS, what, resume=resume)
     from shoal.engine.source import resolve
@@ -154,7 +175,7 @@ def train(
     rates = ", ".join(f"{rate:.2f}" for rate in result["heldout_accept"])
     console().print(
         f"{result['texts']} texts, {result['tokens']} tokens, {result['steps']} steps; accepted by depth on held-out "
-        f"texts: {rates}; {result['tokens_per_round']:.2f} tokens a round\nThe head is in {result['head']}",
+        f"texts: {rates}; {result['tokens_per_round']:.2f} tokens a round\nThe drafter is in {result['drafter']}",
         markup=False,
         soft_wrap=True,
     )
@@ -231,8 +252,8 @@ def _teach(
     threads: int,
     device: str,
 ) -> dict[str, Any]:
-    from shoal.engine.speculation import eagle_training as training
-    from shoal.engine.speculation.eagle_pupil import prepare
+    from shoal.engine.speculation.eagle_pupil import Pupil
+    from shoal.engine.speculation.eagle_training import Plan
     from shoal.learner import checkpoint as checkpoints
     from shoal.learner.optimizer import MasterAdamW, learning_rate
     from shoal.planning.speculation import expected_tokens
@@ -243,21 +264,12 @@ def _teach(
     if len(texts) - held < 1:
         raise RunError("there are too few texts to learn from.", "Give more prompts, or ask for longer answers.")
     held_texts, own_texts = texts[-held:], texts[:-held]
-    pupil = prepare(
-        local,
-        own_texts,
-        what["draft_vocab"],
-        dtype=what["dtype"],
-        device=device,
-        threads=threads,
-        seed=what["seed"],
-    )
-    head, embedding_VH, teacher = pupil.head, pupil.embedding_VH, pupil.teacher
-    parameters = dict(head.named_parameters())
+    pupil = _pupil(local, own_texts, what, threads=threads, device=device)
+    parameters = pupil.parameters
     optimizer = MasterAdamW(parameters, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, grad_clip=0.5)
     num_steps = max(1, what["epochs"] * len(own_texts) // what["batch_size"])
     warmup = max(1, num_steps // 50)
-    plan = training.Plan(
+    plan = Plan(
         num_steps,
         what["batch_size"],
         microbatch,
@@ -268,9 +280,9 @@ def _teach(
     begin = 0
     if (saved := checkpoints.load_latest(out / CHECKPOINTS)) is not None:
         try:
-            head.load_state_dict(dict(saved.weights))
+            pupil.module.load_state_dict(dict(saved.weights))
         except RuntimeError:
-            raise RecordError("the checkpoint does not fit this head.", f"Remove {out / CHECKPOINTS}.") from None
+            raise RecordError("the checkpoint does not fit this drafter.", f"Remove {out / CHECKPOINTS}.") from None
         optimizer.load_state_dict(saved.optimizer)
         begin = saved.version
         note(f"continuing after step {begin}")
@@ -279,12 +291,12 @@ def _teach(
     loss = float("nan")
     began = time.monotonic()
     if begin >= num_steps:
-        loss, accept = training.evaluate(head, embedding_VH, teacher, held_texts, plan)
-    for report in training.train(head, embedding_VH, teacher, own_texts, plan, optimizer, begin):
+        loss, accept = pupil.evaluate(held_texts, plan)
+    for report in pupil.train(own_texts, plan, optimizer, begin):
         record({"kind": "step", "step": report.step, "loss": report.loss, "accept": report.accept})
         last = report.step == num_steps
         if report.step % eval_every == 0 or last:
-            loss, accept = training.evaluate(head, embedding_VH, teacher, held_texts, plan)
+            loss, accept = pupil.evaluate(held_texts, plan)
             record({"kind": "eval", "step": report.step, "loss": loss, "accept": accept})
             each = (time.monotonic() - began) / (report.step - begin)
             note(
@@ -293,24 +305,41 @@ def _teach(
                 + f", {each:.2f} s a step"
             )
         if report.step % checkpoint_every == 0 or last:
-            state = dict(head.state_dict())
+            state = dict(pupil.module.state_dict())
             checkpoints.save(
                 out / CHECKPOINTS, checkpoints.Checkpoint(report.step, state, optimizer.state_dict(), extra={})
             )
-    pupil.save(out / HEAD)
+    folder = out / (HEAD if isinstance(pupil, Pupil) else STUDENT)
+    pupil.save(folder)
+    coverage = {}
+    if isinstance(pupil, Pupil):
+        coverage["draft_vocab_coverage"] = _coverage(held_texts, set(pupil.head.ids_R.tolist()))
     return {
-        "head": str(out / HEAD),
+        "drafter": str(folder),
         "texts": len(texts),
         "texts_heldout": held,
         "tokens": sum(len(text.token_ids) for text in texts),
         "parameters": sum(p.numel() for p in parameters.values()),
-        "draft_vocab_coverage": _coverage(held_texts, set(head.ids_R.tolist())),
+        **coverage,
         "steps": num_steps,
         "train_s": time.monotonic() - began,
         "heldout_loss": loss,
         "heldout_accept": accept,
         "tokens_per_round": expected_tokens(accept, len(accept)),
     }
+
+
+def _pupil(
+    local: LocalModel, texts: Sequence[TargetText], what: dict[str, Any], *, threads: int, device: str
+) -> Pupil | StudentPupil:
+    """What is to learn, at its beginning."""
+    from shoal.engine.speculation.eagle_pupil import prepare
+    from shoal.engine.speculation.student_training import StudentPupil
+
+    more: dict[str, Any] = {"dtype": what["dtype"], "device": device, "threads": threads}
+    if "layers" in what:
+        return StudentPupil(local, what["layers"], **more)
+    return prepare(local, texts, what["draft_vocab"], seed=what["seed"], **more)
 
 
 def _coverage(texts: Sequence[TargetText], known: set[int]) -> float:

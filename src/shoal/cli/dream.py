@@ -1,4 +1,4 @@
-"""`shoal dream`: what a world model of the web learns from: real episodes, page by page (docs/web.md)."""
+"""`shoal dream`: a world model of the web, from real episodes to its measure (docs/dreams.md); `collect` is here."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import App
 
+from shoal.cli import dream_eval, dream_fit, dream_show
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Json
 from shoal.errors import ConfigError, RunError, ShoalError
@@ -21,7 +22,11 @@ if TYPE_CHECKING:
     from shoal.envs.web.environment import Web
     from shoal.protocol.episode import Task
 
-app = App(name="dream", help="Collect real episodes on the web for a world model.")
+app = App(name="dream", help="A world model of the web: collect what it learns from, fit it, measure it.")
+app.command(dream_fit.fit)
+app.command(dream_eval.bound)
+app.command(dream_eval.evaluate, name="eval")
+app.command(dream_show.show)
 
 EPISODES, CONVERSATIONS, SETTINGS = "episodes.jsonl", "conversations.jsonl", "settings.json"
 CONTEXT_TOKENS = 8192
@@ -54,7 +59,7 @@ def collect(
 
         shoal dream collect --out dreams/experts --policy reference --episodes 500
         shoal dream collect --out dreams/wandering --policy random --episodes 500
-        shoal sft embedded --data dreams/experts/conversations.jsonl
+        shoal sft embedded dreams/experts/conversations.jsonl --out dreams/sft
 
     Args:
         out: The folder.

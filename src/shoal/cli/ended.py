@@ -16,6 +16,10 @@ TAIL_BYTES = 256 * 1024
 """Read from the end of the events and metrics."""
 
 
+PAID_FOR = ("usd_idle", "usd_lost_", "usd_per_heldout_point")
+"""How the names of costs begin."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """A run that is not running."""
@@ -27,6 +31,8 @@ class Ended:
     step: int
     steps: int
     last_event: Event | None
+    costs: dict[str, float]
+    """Dollars by what they went to (`coordinator.costs`), as told last; empty where nothing had a price."""
 
     @property
     def next(self) -> str:
@@ -57,6 +63,7 @@ class Ended:
             "step": self.step,
             "steps": self.steps,
             "last_event": last,
+            "costs": self.costs,
             "next": self.next,
         }
 
@@ -72,8 +79,10 @@ def read_ended(path: Path) -> Ended:
         how = "stopped"
     else:
         how = "killed" if kinds else "never began"
-    steps = _object(_tail(path / "metrics.jsonl"), "step")
-    return Ended(path.name, path, how, steps, _steps_wanted(path / "config.toml"), events[-1] if events else None)
+    lines = _tail(path / "metrics.jsonl")
+    wanted = _steps_wanted(path / "config.toml")
+    last = events[-1] if events else None
+    return Ended(path.name, path, how, _object(lines, "step"), wanted, last, _costs(path / "summary.json", lines))
 
 
 def _events(path: Path) -> list[Event]:
@@ -105,6 +114,20 @@ def _object(lines: list[bytes], key: str) -> int:
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return most
+
+
+def _costs(summary: Path, lines: list[bytes]) -> dict[str, float]:
+    """Of the summary; where there is none, of the last step that told them."""
+    whole = b"".join(_tail(summary))
+    for line in (whole, *reversed(lines)):
+        try:
+            told = json.loads(line)
+            found = {key: float(told[key]) for key in told if key == "usd" or key.startswith(PAID_FOR)}
+        except (ValueError, TypeError, RecursionError):
+            continue
+        if "usd" in found:
+            return found
+    return {}
 
 
 def _steps_wanted(path: Path) -> int:

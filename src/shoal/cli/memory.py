@@ -5,22 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cyclopts import App
 
+from shoal.cli import memory_trials
+from shoal.cli.memory_store import SHORT_ID_CHARS, found_by, opened, row, shortened
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Json
 from shoal.errors import ConfigError, RecordError
 
-if TYPE_CHECKING:
-    from shoal.memory.keeper import Keeper
-    from shoal.memory.state import Memory
-
 app = App(name="memory", help="See what is remembered, check why, and take it back.")
+app.command(memory_trials.replay)
+app.command(memory_trials.learn)
+app.command(memory_trials.join)
 
-SHOWN_CHARS = 72
-SHORT_ID_CHARS = 10
 EXPORT_EVENTS = 1000
 """Events read from the store at once."""
 
@@ -46,7 +45,7 @@ def list_(
     if status not in (*states, "all"):
         raise ConfigError(f"there is no status {status!r}.", f"It is one of: {', '.join(states)}, all.")
     now_us = time.time_ns() // 1000
-    with _open(folder, must_exist=True) as keeper:
+    with opened(folder, must_exist=True) as keeper:
         found = [
             memory
             for memory in keeper.store.memories(*(states if status == "all" else (status,)))
@@ -55,14 +54,16 @@ def list_(
         held = keeper.store.held()
     found.sort(key=lambda memory: (-memory.weight_at(now_us), memory.id))
     if json:
-        rows = [_row(memory, now_us) for memory in found]
+        rows = [row(memory, now_us) for memory in found]
         print_json({"memories": rows, "active": held[0], "active_bytes": held[1]})
         return
     for memory in found:
-        text = " ".join(memory.entry.text.split())
-        short = text if len(text) <= SHOWN_CHARS else f"{text[: SHOWN_CHARS - 1]}…"
         line = f"{memory.id[:SHORT_ID_CHARS]}  {memory.weight_at(now_us):.3f}  {memory.uses:6}  "
-        console().print(f"{line}{memory.status:10}{memory.entry.family}: {short}", markup=False, soft_wrap=True)
+        console().print(
+            f"{line}{memory.status:10}{memory.entry.family}: {shortened(memory.entry.text)}",
+            markup=False,
+            soft_wrap=True,
+        )
     note(f"{len(found)} shown; {held[0]} active, {held[1]} bytes.")
 
 
@@ -81,17 +82,17 @@ def show(entry: str, /, *, folder: Path | None = None, json: Json = False) -> No
     from shoal.protocol.codec import builtins
 
     now_us = time.time_ns() // 1000
-    with _open(folder, must_exist=True) as keeper:
-        memory = _find(keeper, entry)
+    with opened(folder, must_exist=True) as keeper:
+        memory = found_by(keeper, entry)
         history = keeper.store.history(memory)
         num_trials = len(keeper.store.trials(memory))
     if json:
         events = [{"id": event.id, **builtins(event)} for event in history]
-        print_json({**_row(memory, now_us), "trials": num_trials, "events": events})
+        print_json({**row(memory, now_us), "trials": num_trials, "events": events})
         return
     terminal = console()
     terminal.print(memory.entry.text, markup=False, soft_wrap=True)
-    for name, value in {**_row(memory, now_us), "trials": num_trials}.items():
+    for name, value in {**row(memory, now_us), "trials": num_trials}.items():
         if name != "text":
             terminal.print(f"{name:12} {value}", markup=False, soft_wrap=True)
     for event in history:
@@ -118,8 +119,8 @@ def audit(entry: str = "", /, *, folder: Path | None = None, json: Json = False)
     from shoal.memory.events import Decided
 
     rows: list[dict[str, Any]] = []
-    with _open(folder, must_exist=True) as keeper:
-        for memory in [_find(keeper, entry)] if entry else list(keeper.store.memories()):
+    with opened(folder, must_exist=True) as keeper:
+        for memory in [found_by(keeper, entry)] if entry else list(keeper.store.memories()):
             for event in keeper.store.history(memory):
                 if isinstance(event.body, Decided):
                     rows.append(
@@ -157,7 +158,7 @@ def undo(event: str = "", /, *, back_to: int | None = None, folder: Path | None 
     """
     if (not event) == (back_to is None):
         raise ConfigError("undo takes an event or --back-to, and one of them.", "See shoal memory undo --help.")
-    with _open(folder, must_exist=True) as keeper:
+    with opened(folder, must_exist=True) as keeper:
         before = keeper.store.position
         if back_to is not None:
             if not 0 <= back_to <= before:
@@ -216,7 +217,7 @@ def add(
         ttl_s=ttl_days * 86400.0,
         provenance=Provenance(rule="manual"),
     )
-    with _open(folder) as keeper:
+    with opened(folder) as keeper:
         position = keeper.store.position
         memory = keeper.add(entry)
         new = keeper.store.position > position
@@ -224,6 +225,95 @@ def add(
         print_json({"id": memory.id, "status": memory.status, "new": new})
         return
     console().print(f"{memory.id}  {memory.status}", markup=False)
+
+
+@app.command
+def search(
+    query: str, /, *, count: int = 5, family: str = "", user: str = "", folder: Path | None = None, json: Json = False
+) -> None:
+    """Find memories by what they say: likeness times weight.
+
+    For example:
+
+        shoal memory search "adding two columns" --family arithmetic
+
+    Args:
+        query: What is wanted, in words.
+        count: Memories, at most.
+        family: Only those about this environment.
+        user: Who asks: others' own memories are not shown.
+        folder: Where the memories are; by default memory/ in Shoal's data directory.
+    """
+    from shoal.memory.records import Scope
+
+    if not 1 <= count <= 1000:
+        raise ConfigError(f"--count {count} is not between 1 and 1000.")
+    with opened(folder, must_exist=True) as keeper:
+        found = keeper.search(query, count, family=family, scope=Scope(user=user))
+    if json:
+        now_us = time.time_ns() // 1000
+        rows = [{**row(one.memory, now_us), "similarity": one.similarity, "score": one.score} for one in found]
+        print_json({"memories": rows})
+        return
+    for one in found:
+        line = f"{one.memory.id[:SHORT_ID_CHARS]}  {one.score:.3f}  {one.memory.entry.family}: "
+        console().print(f"{line}{shortened(one.memory.entry.text)}", markup=False, soft_wrap=True)
+    note(f"{len(found)} found.")
+
+
+@app.command
+def prune(*, folder: Path | None = None, json: Json = False) -> None:
+    """Merge what says the same, and remove what is expired, harms, or exceeds the budget.
+
+    A pass removes a tenth of the active memories at most; all of it can be undone.
+
+    For example:
+
+        shoal memory prune
+
+    Args:
+        folder: Where the memories are; by default memory/ in Shoal's data directory.
+    """
+    with opened(folder, must_exist=True) as keeper:
+        before, count = keeper.store.position, keeper.store.held()[0]
+        changes = keeper.maintain()
+        left = keeper.store.held()[0]
+    if json:
+        print_json({"changes": changes, "active_before": count, "active": left, "position_before": before})
+        return
+    note(f"{changes} changes, {left} of {count} left; back again by: shoal memory undo --back-to {before}")
+
+
+@app.command
+def delete(entry: str = "", /, *, user: str = "", folder: Path | None = None, json: Json = False) -> None:
+    """Take a memory out of use, or erase everything of a user, its text on disk too.
+
+    A memory that is taken out stays as evidence and can be brought back; what is erased is gone.
+
+    For example:
+
+        shoal memory delete 3f9c2a
+        shoal memory delete --user ann
+
+    Args:
+        entry: The beginning of a memory's id.
+        user: Erase all that is of this user.
+        folder: Where the memories are; by default memory/ in Shoal's data directory.
+    """
+    if bool(entry) == bool(user):
+        raise ConfigError("delete takes a memory or --user, and one of them.", "See shoal memory delete --help.")
+    with opened(folder, must_exist=True) as keeper:
+        before = keeper.store.position
+        if user:
+            keeper.forget_user(user)
+        else:
+            keeper.remove(found_by(keeper, entry).id)
+    if json:
+        print_json({"deleted": user or entry, "erased": bool(user), "position_before": before})
+    elif user:
+        note(f"everything of {user} is erased.")
+    else:
+        note(f"taken out; back again by: shoal memory undo --back-to {before}")
 
 
 @app.command
@@ -244,7 +334,7 @@ def export(output: Path | None = None, /, *, folder: Path | None = None, json: J
     if output is None and json:
         raise ConfigError("--json and the events cannot both have standard output.", "Name a file.")
     count = position = 0
-    with _open(folder, must_exist=True) as keeper:
+    with opened(folder, must_exist=True) as keeper:
         try:
             with output.open("wb") if output else open(sys.stdout.fileno(), "wb", closefd=False) as file:
                 while True:
@@ -260,41 +350,3 @@ def export(output: Path | None = None, /, *, folder: Path | None = None, json: J
         print_json({"file": str(output), "events": count})
     else:
         note(f"{count} events written.")
-
-
-def _open(folder: Path | None, *, must_exist: bool = False) -> Keeper:
-    from shoal.fabric.identity import Identity, data_dir
-    from shoal.memory.keeper import Keeper
-
-    where = folder or data_dir() / "memory"
-    if must_exist and not (where / "memory.db").exists():
-        raise ConfigError(f"there are no memories in {where}.", "Name their folder by --folder, or add one.")
-    return Keeper(where, Identity.load_or_create(data_dir()).node_id)
-
-
-def _find(keeper: Keeper, prefix: str) -> Memory:
-    found = keeper.store.find(prefix) if prefix else []
-    if len(found) != 1:
-        many = "several memories begin" if found else "no memory begins"
-        raise RecordError(f"{many} with {prefix!r}.", "`shoal memory list --status all` shows them.")
-    memory = keeper.store.memory(found[0])
-    if memory is None:
-        raise RecordError(f"the memory {prefix!r} is gone.", "`shoal memory list --status all` shows them.")
-    return memory
-
-
-def _row(memory: Memory, now_us: int) -> dict[str, Any]:
-    entry = memory.entry
-    return {
-        "id": memory.id,
-        "status": memory.status,
-        "weight": memory.weight_at(now_us),
-        "utility": memory.utility,
-        "uses": memory.uses,
-        "family": entry.family,
-        "user": entry.scope.user,
-        "rule": entry.provenance.rule,
-        "context": entry.provenance.context,
-        "members": list(memory.members),
-        "text": entry.text,
-    }

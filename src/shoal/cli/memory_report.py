@@ -26,14 +26,17 @@ def memory_of(config: Config) -> dict[str, Any] | None:
         worker = {part: size for part, size in worker.items() if part != "runtime"}
     on_gpu = {"learner": _uses_gpu(config.learner.device), "worker": _uses_gpu(config.workers.device)}
     host = gpu = 0
-    for name, parts, times in (("learner", learner, 1), ("worker", worker, count)):
+    ranks = config.learner.processes
+    for name, parts, times in (("learner", learner, ranks), ("worker", worker, count)):
         outside = sum(size for part, size in parts.items() if on_gpu[name] and part not in ON_HOST)
-        gpu += times * outside
+        gpu += outside if name == "learner" else times * outside  # each of the learner's processes has a GPU of its own
         host += times * (sum(parts.values()) - outside)
+    host -= (ranks - 1) * learner["snapshot"]  # only one publishes
     there = {"host": _host_bytes(), "gpu": _gpu_bytes() if gpu else 0}
     return {
         "parameters": shape.parameters,
         "learner": {part: size / GIB for part, size in learner.items()},
+        "processes": ranks,
         "worker": {part: size / GIB for part, size in worker.items()},
         "workers": count,
         "needed": {"host": host / GIB, "gpu": gpu / GIB},
@@ -47,10 +50,11 @@ def lines_of(found: dict[str, Any]) -> list[str]:
     def parts(of: dict[str, float]) -> str:
         return ", ".join(f"{part} {size:.2f}" for part, size in of.items() if size) + f" = {sum(of.values()):.2f}"
 
-    needed, there = found["needed"], found["there"]
+    needed, there, ranks = found["needed"], found["there"], found["processes"]
+    learner = "learner" if ranks == 1 else f"each of the learner's {ranks} processes"
     lines = [
         f"memory in GiB, estimated for {found['parameters'] / 1e6:.0f} M parameters",
-        f"learner: {parts(found['learner'])}",
+        f"{learner}: {parts(found['learner'])}",
         f"each of {found['workers']} workers: {parts(found['worker'])}",
         f"this machine: {needed['host']:.1f} of {there['host']:.1f}",
     ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json as json_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shoal.cli.claimed import claim
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Flag, Json
 from shoal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from shoal.config.learner import ColocatedLearner
 
 SETTINGS = "sft.json"
 METRICS = "metrics.jsonl"
@@ -78,10 +81,6 @@ def run(
         raise ConfigError(f"--dtype {dtype} is neither bf16 nor fp32.")
     if min(epochs, batch_size, max_tokens) < 1 or checkpoint_every < 0:
         raise ConfigError("--epochs, --batch-size and --max-tokens must be at least 1, --checkpoint-every at least 0.")
-    from pydantic import ValidationError
-
-    from shoal.config.learner import ColocatedLearner
-
     table: dict[str, Any] = {
         "mode": "colocated",
         "lr": lr,
@@ -92,12 +91,7 @@ def run(
         "device": device,
         **({"lora": {"rank": lora_rank}} if lora_rank else {}),
     }
-    try:
-        settings = ColocatedLearner.model_validate(table)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        raise ConfigError(f"--{name}: {first['msg']}.") from None
+    settings = learner_settings(table)
     what: dict[str, Any] = {
         "model": model,
         "data": str(data.resolve()),
@@ -111,7 +105,7 @@ def run(
         "learner": {**table, "threads": None, "device": None},
     }
     claim(out, SETTINGS, what, resume=resume)
-    result = _fine_tune(out, what, settings, checkpoint_every)
+    result = fine_tune(out, what, settings, checkpoint_every)
     if json:
         print_json(result)
         return
@@ -125,7 +119,30 @@ def run(
     )
 
 
-def _fine_tune(out: Path, what: dict[str, Any], settings: Any, checkpoint_every: int) -> dict[str, Any]:
+def learner_settings(table: dict[str, Any]) -> ColocatedLearner:
+    """The `[learner]` table that options of a command made.
+
+    Raises:
+        ConfigError: names the option that cannot be used.
+    """
+    from pydantic import ValidationError
+
+    from shoal.config.learner import ColocatedLearner
+
+    try:
+        return ColocatedLearner.model_validate(table)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = "-".join(str(part) for part in first["loc"]).replace("_", "-")
+        raise ConfigError(f"--{name}: {first['msg']}.") from None
+
+
+def fine_tune(out: Path, what: dict[str, Any], settings: ColocatedLearner, checkpoint_every: int) -> dict[str, Any]:
+    """Fine-tune in a folder that was claimed, from its newest checkpoint on; gives what the command reports.
+
+    Args:
+        what: model, data, epochs, batch_size, max_tokens, min_reward, heldout, dtype and seed, as options of `run`.
+    """
     from shoal.engine.source import resolve
     from shoal.engine.tokenizer import Tokenizer
     from shoal.learner.examples import read_examples

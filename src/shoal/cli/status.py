@@ -55,6 +55,8 @@ def run(target: str = "", /, *, watch: Flag = False, json: Json = False) -> None
         if last is not None:
             told = " ".join(f"{key}={value}" for key, value in last.data.items())
             console().print(f"last event: {last.kind} {last.node} {told}".rstrip(), markup=False, soft_wrap=True)
+        if spent := _spent(ended.costs):
+            console().print(spent, markup=False, soft_wrap=True)
         console().print(f"next: {ended.next}", markup=False, soft_wrap=True)
         return
     asyncio.run(_watch(found) if watch else _once(found, json))
@@ -124,9 +126,8 @@ def picture(status: RunStatus) -> RenderableType:
         style = {"silent": "bold red", "lost": "red", "parked": "yellow"}.get(node.state, "")
         table.add_row(*(Text(cell) for cell in _cells(node, status.published)), style=style)
     parts: list[RenderableType] = [Text(title), table]
-    plan = _plan(status.metrics)
-    if plan:
-        parts.insert(1, Text(plan))
+    told = [line for line in (_plan(status.metrics), _spent(status.metrics)) if line]
+    parts[1:1] = [Text(line) for line in told]
     waits = list(_waits(status))
     if waits:
         parts += [Text(""), *(Text(line, style="dim") for line in waits)]
@@ -186,8 +187,19 @@ def _plan(facts: Mapping[str, float]) -> str:
     except KeyError:
         return ""
     parked = f", {facts.get('capacity/parked', 0):.0f} parked" if facts.get("capacity/parked") else ""
-    spent = f"; {facts['usd']:.2f} $ so far" if "usd" in facts else ""
-    return f"{told}{parked}{spent}"
+    return f"{told}{parked}"
+
+
+def _spent(facts: Mapping[str, float]) -> str:
+    """What the run has cost, and for what; empty where nothing has a price."""
+    if "usd" not in facts:
+        return ""
+    prefix = "usd_lost_"
+    wasted = {"idle": facts.get("usd_idle", 0.0)}
+    wasted |= {key.removeprefix(prefix): usd for key, usd in facts.items() if key.startswith(prefix)}
+    said = ", ".join(f"{usd:.2f} {what}" for what, usd in wasted.items())
+    point = f"; {facts['usd_per_heldout_point']:.2f} $ a held-out point" if "usd_per_heldout_point" in facts else ""
+    return f"{facts['usd']:.2f} $ so far, of that {said}{point}"
 
 
 def _money(usd_per_hour: float) -> str:

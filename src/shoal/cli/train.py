@@ -20,6 +20,9 @@ def run(
     workers: int | None = None,
     resume: str = "",
     dry_run: Flag = False,
+    console: Flag = False,
+    console_host: str = "127.0.0.1",
+    console_port: int = 8900,
     json: Json = False,
 ) -> None:
     """Post-train a model as a configuration says.
@@ -39,14 +42,19 @@ def run(
         resume: The folder or name of an interrupted run, to continue it.
         dry_run: Print the resolved configuration and the memory it would take, and start nothing; an error where it
             can't fit this machine.
+        console: Show the run in a browser as well (see shoal console).
+        console_host: Address on which the console listens; beyond loopback a key is needed.
+        console_port: Its port; 0 takes a free one.
     """
+    from shoal.cli.console import beside_run
     from shoal.cli.live import LiveView
-    from shoal.cli.training import new_run, resumed_run, train
+    from shoal.cli.training import new_run, nothing_beside, resumed_run, train
     from shoal.config import load_config
     from shoal.coordinator.tasks import make_environments
 
     if bool(config) == bool(resume):
         raise ConfigError("shoal train takes either a configuration or --resume RUN.", "See shoal train --help.")
+    beside = beside_run(console_host, console_port) if console and not dry_run else nothing_beside
     extra = list(overrides) if workers is None else [*overrides, "--workers.count", str(workers)]
     if resume:
         if extra:
@@ -61,7 +69,15 @@ def run(
         folder = new_run(resolved, config)
     with LiveView(quiet=json) as view:
         try:
-            summary = asyncio.run(train(resolved, folder, say=note, view=view.update, on_ready=view.ready))
+            training = train(
+                resolved,
+                folder,
+                say=note,
+                view=view.update,
+                on_ready=view.ready,
+                beside=beside,
+            )
+            summary = asyncio.run(training)
         except (KeyboardInterrupt, ShoalError) as error:
             if folder.path.exists():
                 how = "Interrupted" if isinstance(error, KeyboardInterrupt) else "The run stopped"

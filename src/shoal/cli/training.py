@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,13 @@ class Session:
 View = Callable[[Session], None]
 """Called about once a second."""
 
+Beside = Callable[[Session], AbstractAsyncContextManager[None]]
+"""Something that goes on beside a run, such as its console."""
+
+
+def nothing_beside(_: Session) -> AbstractAsyncContextManager[None]:
+    return nullcontext()
+
 
 def new_run(config: Config, config_name: str) -> RunDir:
     """The folder of a new run, its resolved configuration written."""
@@ -139,8 +146,12 @@ async def train(
     say: Callable[[str], None],
     view: View = lambda _: None,
     on_ready: Callable[[Session], None] = lambda _: None,
+    beside: Beside = nothing_beside,
 ) -> dict[str, Any]:
     """Run the whole training and give its summary, which is also written to `summary.json`.
+
+    Args:
+        beside: opened when the run has begun, and closed at its end.
 
     Raises:
         ShoalError: the run cannot go on; if its folder is still there, it can be resumed.
@@ -148,7 +159,7 @@ async def train(
     """
     try:
         run.lock()
-        return await _train(config, run, say, view, on_ready)
+        return await _train(config, run, say, view, on_ready, beside)
     except (ShoalError, asyncio.CancelledError):
         run.discard_unstarted()
         raise
@@ -162,6 +173,7 @@ async def _train(
     say: Callable[[str], None],
     view: View,
     on_ready: Callable[[Session], None],
+    beside: Beside,
 ) -> dict[str, Any]:
     environments = make_environments(config)
     check_tracker(config)
@@ -178,7 +190,7 @@ async def _train(
         run.event("run.started", steps=config.run.steps)
         try:
             with tracking(config, run):
-                async with _signals() as interrupted:
+                async with beside(session), _signals() as interrupted:
                     await _supervise(session, children, interrupted, view, on_ready)
         finally:
             await children.end_all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shlex
 import signal
 from pathlib import Path
 from typing import Any, Literal
@@ -31,13 +32,16 @@ def run(
     prefix_tokens: int = 0,
     grace: float = 30.0,
     price: float = 0.0,
+    billing: Literal["per_use", "per_hour"] = "per_use",
     region: str = "",
     identity: Path | None = None,
     local_store: Path | None = None,
     relay: str = "",
     snapshots_gb: float | None = None,
     allow_programs: Flag = False,
-    engine: Literal["local"] = "local",
+    engine: Literal["local", "vllm"] = "local",
+    vllm_python: str = "",
+    vllm_args: str = "",
     stage: Flag = False,
     stage_host: str = "127.0.0.1",
     max_layers: int = 0,
@@ -64,6 +68,7 @@ def run(
         prefix_tokens: Tokens of ended turns kept beside it, for the next turns of their episodes.
         grace: Seconds in which running rollouts may end after Ctrl-C or SIGTERM.
         price: US dollars an hour that this machine costs; told to the run.
+        billing: Whether it is paid for by the second of work (per_use) or by the begun hour (per_hour).
         region: Where this machine stands, in your words; told to the run.
         identity: Folder of this worker's key; by default one under the user's data directory.
         local_store: The run's snapshot folder, if it lies on this machine.
@@ -72,7 +77,9 @@ def run(
         snapshots_gb: Most disk that new weights may take, in GB; by default as much as two versions need.
         allow_programs: Start the agent programs that the run's configuration names (environments of type external),
             with this user's rights.
-        engine: What samples.
+        engine: What samples: local is Shoal's own engine, vllm is vLLM's server, started here (docs/vllm.md).
+        vllm_python: The Python of an environment that holds vLLM; by default SHOAL_VLLM_PYTHON.
+        vllm_args: Further arguments of vLLM's server, as one text: "--tensor-parallel-size 2".
         stage: Compute layers for a server instead of sampling for a run.
         stage_host: Address of this machine on which the stage before links to this one.
         max_layers: Most layers to take; 0: as many as fit the memory that is free.
@@ -100,13 +107,16 @@ def run(
                 "cache_tokens": cache_tokens,
                 "prefix_tokens": prefix_tokens,
                 "price_usd_per_hour": price,
+                "billing": billing,
                 "region": region,
                 "identity": identity,
                 "local_store": local_store,
                 "relay_host": relay,
                 "snapshots_gb": snapshots_gb,
                 "allow_programs": allow_programs,
+                "engine": engine,
             },
+            (vllm_python, vllm_args),
         )
     )
     if json:
@@ -151,15 +161,17 @@ def read_ticket(text: str) -> str:
     return text
 
 
-async def _work(ticket_text: str, grace_s: float, given: dict[str, Any]) -> dict[str, Any]:
+async def _work(ticket_text: str, grace_s: float, given: dict[str, Any], vllm: tuple[str, str]) -> dict[str, Any]:
     from shoal.fabric.fabric import Fabric
     from shoal.fabric.ticket import Ticket
 
     ticket = Ticket.decode(ticket_text)  # before torch is imported, so that a mistyped one is answered at once
     from shoal.rollout.host import WorkerOptions, worker_identity, working
+    from shoal.rollout.vllm_server import VllmOptions
     from shoal.serving.sessions_host import hosting
 
-    options = WorkerOptions(**given)
+    python, arguments = vllm
+    options = WorkerOptions(**given, vllm=VllmOptions(python, tuple(shlex.split(arguments))))
     with worker_identity(options.identity) as identity:
         async with await Fabric.connect(identity, ticket, options.join_timeout_s) as fabric:
 

@@ -165,12 +165,28 @@ class _LearnerSection(Section):
     """CPU threads of the learner's process."""
     device: Device = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
+    processes: int = Field(default=1, ge=1, le=1024)
+    """Processes that share the learner's work, weights and optimizer, one a GPU (FSDP2 under torchrun)."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, about a third more time."""
     checkpoint_every: int = Field(default=10, ge=0)
     """Steps between checkpoints; 0 writes only the last one."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many of the newest checkpoints stay on disk."""
+
+    @model_validator(mode="after")
+    def _can_be_shared(self) -> Self:
+        if self.processes > 1 and self.optimizer != "adamw":
+            raise ValueError(
+                f"optimizer = '{self.optimizer}' keeps blocks of values that cannot be divided among processes = "
+                f"{self.processes}; set optimizer = 'adamw', or processes = 1"
+            )
+        if self.processes > 1 and self.device.startswith("cuda:"):
+            raise ValueError(
+                f"device = '{self.device}' is one GPU, and processes = {self.processes} take one each; "
+                "set device = 'cuda'"
+            )
+        return self
 
 
 class AsyncLearner(_LearnerSection):
@@ -219,6 +235,12 @@ class ColocatedLearner(_OnPolicyLearner):
 
     mode: Literal["colocated"] = "colocated"
     """`async`, `pull` or `colocated`."""
+
+    @model_validator(mode="after")
+    def _is_one_process(self) -> Self:
+        if self.processes > 1:
+            raise ValueError(f"mode = 'colocated' is one process, and processes = {self.processes} are asked for")
+        return self
 
 
 Learner = Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -13,6 +13,7 @@ from shoal.config.sections import (
     Capacity,
     Environment,
     Eval,
+    Memory,
     Model,
     Network,
     Output,
@@ -22,6 +23,9 @@ from shoal.config.sections import (
     Trust,
     Workers,
 )
+
+RECALLING = "shoal.memory.recalling:Recalling"
+"""The environment that puts notes before another one's tasks."""
 
 EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 
@@ -53,8 +57,25 @@ class Config(Section):
     """How often what workers hand in is checked."""
     serving: Serving = Serving()
     """The OpenAI-compatible server."""
+    memory: Memory = Memory()
+    """Notes from what this machine remembers."""
     output: Output = Output()
     """What a run leaves behind besides the model, the metrics and the report."""
+
+    @property
+    def worlds(self) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Name to type and settings of the environments as they are acted in: with notes, where those are wanted.
+
+        Programs of their own (`external`) read no notes.
+        """
+        found: dict[str, tuple[str, dict[str, Any]]] = {}
+        for name, env in self.envs.items():
+            found[name] = (env.type, env.settings)
+            if self.memory.recall and env.type != "external":
+                recalled = self.memory.model_dump(exclude={"recall"})
+                settings = {"tasks": env.type, "task_settings": env.settings, "model": self.model.name, **recalled}
+                found[name] = (RECALLING, settings)
+        return found
 
     @model_validator(mode="after")
     def _sequences_fit(self) -> Self:

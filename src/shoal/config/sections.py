@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from shoal.config.base import Device, Section, Strings
+from shoal.config.speculation import Speculation
 
 MAX_SEED = 2**63 - 1
 """Seeds travel as signed 64-bit integers."""
@@ -195,8 +196,13 @@ class Capacity(Section):
     release: Strings = ()
     """A command that gives one back: run for a parked machine billed by the hour before its paid hour ends. Its
     environment has SHOAL_RUN, SHOAL_NODE and SHOAL_NODE_NAME."""
+    on_activate: Strings = ()
+    """A command run when a priced worker is given work: the first time, and when it was parked. Its environment has
+    SHOAL_RUN, SHOAL_NODE and SHOAL_NODE_NAME."""
+    on_park: Strings = ()
+    """A command run when a priced worker is given no more work; a machine billed by use may be paused from here on."""
     hook_timeout_s: float = Field(default=60.0, gt=0, le=3600)
-    """Either command is killed after this."""
+    """Any of these commands is killed after this."""
     acquire_every_s: float = Field(default=300.0, gt=0)
     """Between two calls of `acquire`: a machine takes time to come."""
 
@@ -225,6 +231,9 @@ class Trust(Section):
     """A new worker's episodes are all checked, and train nothing before, until so many have passed."""
     sample: float = Field(default=0.1, ge=0, le=1)
     """Share of a trusted worker's groups that is checked; they count at once."""
+    seeds: bool = True
+    """Check that tokens are those that the leased seeds draw. Workers that sample by vLLM need false; then one that
+    hands in the best of many draws is not noticed."""
     learner_share: float = Field(default=0.1, ge=0, le=1)
     """The most that checks may add to the learner's steps, as a share of their time; what it idles costs nothing."""
     tolerance: float = Field(default=1.0, gt=0, le=100)
@@ -250,6 +259,10 @@ class Serving(Section):
     """LoRA adapters, each as NAME=FOLDER; clients ask for MODEL:NAME. Not over stages."""
     embedding_model: str = ""
     """A second model, which answers /v1/embeddings; empty: none."""
+    memory: str = ""
+    """A folder of memories: what fits a conversation's last message is put before it (docs/memory.md); empty: none."""
+    memory_tokens: int = Field(default=256, ge=16, le=1 << 16)
+    """The longest block of such notes."""
     context_tokens: int = Field(default=8192, ge=16, le=1 << 20)
     """Longest sequence, prompt and completion together; the model's own limit holds as well."""
     max_sequences: int = Field(default=64, ge=1, le=65536)
@@ -291,6 +304,25 @@ class Serving(Section):
     """Address on which stages join and link; beyond loopback all of it is TLS."""
     stage_patience_s: float = Field(default=30.0, gt=0)
     """How long requests wait when there are too few stages; then they are answered 503."""
+    speculation: Speculation = Speculation()
+    """Draft several tokens for one pass."""
+
+
+class Memory(Section):
+    """`[memory]`: notes from what this machine remembers, put before the run's tasks (docs/memory.md)."""
+
+    recall: bool = False
+    """Look up memories for each task as it is drawn; workers and checks find the notes in the task."""
+    folder: str = ""
+    """Where the memories are; empty: memory/ in this machine's data directory."""
+    max_tokens: int = Field(default=256, ge=16, le=1 << 16)
+    """The longest block of notes, by the model's own tokenizer."""
+    entries: int = Field(default=4, ge=1, le=64)
+    """Memories in a block, at most."""
+    likeness: float = Field(default=0.0, ge=0, le=1)
+    """Memories less similar to the question than this are left out; 0.4 keeps to what is about the same thing."""
+    share: float = Field(default=0.75, gt=0, le=1)
+    """Share of the tasks that are given notes; by the others it is measured what notes are worth."""
 
 
 class Output(Section):

@@ -81,10 +81,11 @@ class Door:
         spec = WorkSpec(
             model=self._config.model.name,
             dtype=self._config.model.dtype,
-            envs={name: {"type": e.type, "settings": e.settings} for name, e in self._config.envs.items()},
+            envs={name: {"type": t, "settings": s} for name, (t, s) in self._config.worlds.items()},
             context_tokens=self._config.model.context_tokens,
             heartbeat_s=min(HEARTBEAT_S, self._config.rollout.lease_timeout_s / BEATS_PER_LEASE),
             on_swap=self._config.rollout.on_swap,
+            seeded=self._config.trust.check and self._config.trust.seeds,
         )
         reply = JoinReply(
             accepted=True,

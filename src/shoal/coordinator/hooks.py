@@ -1,8 +1,10 @@
-"""The owner's commands that get machines and give them back: `[capacity] acquire` and `release`.
+"""The owner's commands: `[capacity] acquire` and `release` get machines and give them back; `on_activate` and `on_park`
+tell which priced machines have work, so that one billed by use can be paused while it has none.
 
 Each is a program with its arguments, run without a shell; what it needs to know is in its environment. Invariants: one
 of each kind runs at a time; one that takes longer than `hook_timeout_s` is killed with all that it started; a command
-that fails is an event and ends nothing; none outlives the run.
+that fails is an event and ends nothing; none outlives the run; that a machine is activated and that it is parked
+are told in turn, the first of them activated.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from shoal.config import Config
 from shoal.coordinator.rundir import RunDir
@@ -25,7 +27,7 @@ MAX_OUTPUT_BYTES = 64 * 2**10
 
 
 class Hooks:
-    """Runs the two commands, if there are any."""
+    """Runs the commands, if there are any."""
 
     def __init__(self, config: Config, run: RunDir) -> None:
         self._settings = config.capacity
@@ -33,6 +35,8 @@ class Hooks:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._acquired_at = -self._settings.acquire_every_s
         self._released: set[str] = set()
+        self._works: set[str] = set()
+        """Machines that were told to be active, and not yet to be parked."""
         self._environment = {"SHOAL_RUN": run.name, "SHOAL_TICKET_FILE": str((run.path / "ticket.txt").resolve())}
 
     def acquire(self, rate: float, missing_rate: float, now: float) -> None:
@@ -50,9 +54,25 @@ class Hooks:
         if self._start("release", self._settings.release, {"SHOAL_NODE": node_id, "SHOAL_NODE_NAME": name}):
             self._released.add(node_id)
 
+    def settle(self, working: Mapping[str, bool], names: Callable[[str], str]) -> None:
+        """Tell who has work now and who has not; what cannot be told yet is told when it is asked next.
+
+        Args:
+            working: of the machines that are here, whether each is given work.
+        """
+        for node_id, works in working.items():
+            if works == (node_id in self._works):
+                continue
+            kind = "activate" if works else "park"
+            command = self._settings.on_activate if works else self._settings.on_park
+            facts = {"SHOAL_NODE": node_id, "SHOAL_NODE_NAME": names(node_id)}
+            if not command or self._start(kind, command, facts):
+                (self._works.add if works else self._works.discard)(node_id)
+
     def gone(self, node_id: str) -> None:
-        """A machine has left: should it come back, it may be given back anew."""
+        """A machine has left: should it come back, all of it may be told anew."""
         self._released.discard(node_id)
+        self._works.discard(node_id)
 
     async def close(self) -> None:
         """End what still runs."""

@@ -172,7 +172,7 @@ class Provisioning:
         here = {offer.id: offer for offer in workers}
         changed = here != self._here
         for node_id in self._here.keys() - here.keys():
-            self.ledger.release(node_id, now)
+            self.ledger.lost(node_id, now)
         for offer in workers:
             self._book(offer, now)
         self._here = here

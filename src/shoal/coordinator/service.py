@@ -24,6 +24,7 @@ from shoal.broadcast.chain import open_manifest
 from shoal.config import Config
 from shoal.coordinator.admission import Admission
 from shoal.coordinator.control import Control
+from shoal.coordinator.costs import costs
 from shoal.coordinator.door import MAX_NODES, Door
 from shoal.coordinator.hooks import Hooks
 from shoal.coordinator.nodes import Node as Node
@@ -122,6 +123,7 @@ class Coordinator:
         await serve("ticket", self.door.ticket, allow=self._is_owner)
         await serve("revoke", self.door.revoke, allow=self._is_owner)
         self.watch.price_of = self._price_of
+        self.watch.delays_of = lambda node_id: n.record.delays if (n := self.member.node(node_id)) is not None else {}
         self.control.trust.is_own, self.control.trust.device_of = self._is_own, self._device_of
         clockwork = (self._tick(), self._watch(), self.watch.run())
         self._tasks = [asyncio.create_task(part) for part in clockwork]
@@ -290,6 +292,7 @@ class Coordinator:
             "expired": book.counts["expired"],
             "rollout_tokens_per_s": sum(n.tokens_per_s for n in self.workers()),
             **provisioning.facts(now),
+            **costs(self.control, now),
             **self.control.trust.facts(),
             **{f"rate/{self.name_of(node_id)}": rate for node_id, rate in provisioning.rates().items()},
         }
@@ -331,6 +334,8 @@ class Coordinator:
                 self.run.event("worker.parked", node_id, name=self.name_of(node_id))
             for node_id in before - provisioning.parked:
                 self.run.event("worker.activated", node_id, name=self.name_of(node_id))
+        priced = (offer.id for offer in offers if offer.price_usd_per_hour > 0)
+        self._hooks.settle({node_id: node_id not in provisioning.parked for node_id in priced}, self.name_of)
         if provisioning.missing_rate > 0 and self.control.drain is None:
             rate = provisioning.pacer.rate * self.config.rollout.group_size
             self._hooks.acquire(rate, provisioning.missing_rate, now)

@@ -15,11 +15,13 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
 from shoal.coordinator.control import Control
+from shoal.coordinator.costs import costs
 from shoal.coordinator.silence import Notice, notices, state_of, stopped_process
 from shoal.errors import NetworkError, RecordError
 from shoal.fabric.desk import Account, Desk, ask_status
@@ -29,6 +31,7 @@ from shoal.fabric.waits import open_waits
 from shoal.protocol.codec import encode
 from shoal.protocol.status import (
     MAX_LEASES,
+    MAX_LINKS,
     MAX_NODES,
     LeaseState,
     NodeStatus,
@@ -104,6 +107,8 @@ class Watch:
         self._allow = allow
         self.price_of: Callable[[str], float] = lambda _: 0.0
         """US dollars an hour of a node, by id."""
+        self.delays_of: Callable[[str], Mapping[str, float]] = lambda _: {}
+        """Round trips that a node has measured, by id: node id -> seconds."""
         self._heard: dict[str, _Heard] = {}
         self._asking: set[str] = set()
         self._lost: dict[str, float] = {}
@@ -196,7 +201,7 @@ class Watch:
     def status(self) -> RunStatus:
         """The run as it is now."""
         control, coordinator = self._control, self.desk.status()
-        views = self.views()
+        views, now = self.views(), time.monotonic()
         return RunStatus(
             run=clipped(self._run),
             step=control.version,
@@ -212,7 +217,7 @@ class Watch:
             ended=control.ended,
             failure=clipped(str(control.failure or "")),
             mode=control.config.learner.mode,
-            metrics={**self.metrics, **control.provisioning.facts(time.monotonic())},
+            metrics={**self.metrics, **control.provisioning.facts(now), **costs(control, now)},
         )
 
     def notices(self) -> list[Notice]:
@@ -267,6 +272,7 @@ class Watch:
                 for h in held[:MAX_LEASES]
             ),
             num_leases=len(held),
+            delays=dict(islice(self.delays_of(node.node_id).items(), MAX_LINKS)),
             status=None if own is None else _aged(own, age_s),
             status_age_s=age_s,
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 from shoal.config import Config
 from shoal.coordinator.control import Control
+from shoal.coordinator.costs import by_machine, costs
 from shoal.coordinator.reporting.paired import paired_interval
 
 NUM_SAMPLES = 3
@@ -46,27 +47,10 @@ def summarise(config: Config, control: Control, *, seconds: float) -> dict[str, 
             low, high = paired_interval([a[kind] >= 1 for a in before], [a[kind] >= 1 for a in after])
             summary[f"gain_interval{suffix}"] = [low, high]
         summary["samples"] = _samples(before, after)
-    return summary | _costs(control, summary, now)
-
-
-def _costs(control: Control, summary: dict[str, Any], now: float) -> dict[str, Any]:
-    """Dollars, where anything has a price: in all, for what was lost, and for each held-out point that was gained.
-
-    What was lost is a share of what working workers cost: as many rollouts as were lost, of all that were leased.
-    """
-    provisioning = control.provisioning
-    if not provisioning.is_priced:
-        return {}
-    counts = summary["rollouts"]
-    lost = {kind: counts.get(kind, 0) for kind in ("void", "rejected", "expired")}
-    lost["stale"] = counts["swept_groups"] * control.config.rollout.group_size
-    a_rollout = provisioning.working_usd(now) / max(1, counts.get("leased", 0))
-    costs = {"usd": provisioning.usd(now), "usd_idle": provisioning.ledger.idle_usd(now)}
-    costs |= {f"usd_lost_{kind}": number * a_rollout for kind, number in lost.items()}
-    gained = 100 * (summary.get("accuracy_after", 0.0) - summary.get("accuracy_before", 0.0))
-    if "accuracy_before" in summary and gained > 0:
-        costs["usd_per_heldout_point"] = costs["usd"] / gained
-    return costs
+    paid = costs(control, now)
+    if paid:
+        summary |= {**paid, "usd_by_machine": by_machine(control, now)}
+    return summary
 
 
 def _accuracy(answers: list[dict[str, Any]], when: str) -> dict[str, float]:

@@ -28,7 +28,7 @@ Wants = Callable[[Task, int, int], bool]
 
 def make_environments(config: Config) -> dict[str, Environment]:
     """The run's environments by name; raises `TaskError` or `ConfigError` for one that cannot be made."""
-    return {name: make(env.type, env.settings, name=name) for name, env in config.envs.items()}
+    return {name: make(kind, settings, name=name) for name, (kind, settings) in config.worlds.items()}
 
 
 class TaskSource:

@@ -126,6 +126,8 @@ async def replay(episode: Episode, env: Environment) -> Replay:
     """Play an episode's actions again and compare what is said, what was asked for, and what is earned."""
     env = env.fresh()
     try:
+        if not env.gives and any(turn.given for turn in episode.turns):
+            return Replay("a turn is said to be given, and its environment gives none")
         if is_played(env):
             return await _replay(episode, env)
         step = await env.judge(episode)
@@ -139,15 +141,17 @@ async def replay(episode: Episode, env: Environment) -> Replay:
 async def _replay(episode: Episode, env: Environment) -> Replay:
     task: Task = episode.task
     first = await env.reset(task)
-    said, grammar, reward, done = first.messages[-1].content, first.grammar, 0.0, False
+    said, grammar, given, reward, done = first.messages[-1].content, first.grammar, first.given, 0.0, False
     info: Mapping[str, float] = {}
     for number, turn in enumerate(episode.turns, start=1):
         if done:
             return Replay(f"its actions cannot be replayed: it goes on after its end at action {number - 1}")
+        if turn.given != (given is not None) or (turn.given and turn.completion.text != given):
+            return Replay("a turn was not given as its environment gives it")
         if problem := _other_turn(turn, said, grammar):
             return Replay(problem)
         step = await env.step(turn.completion.text, truncated=turn.completion.finish == "length")
-        said, grammar, done, info = step.observation, step.grammar, step.done, step.info
+        said, grammar, given, done, info = step.observation, step.grammar, step.given, step.done, step.info
         reward += step.reward
     if problem := _other_reward(episode, reward, info):
         return Replay(problem)

@@ -7,6 +7,8 @@ A prompt that a live sequence has as well, computed under the same weights, is c
 group need not arrive together. Where the engine is given a prefix store, beginnings that finished sequences had are
 copied too.
 
+With speculation (`speculation.speculating`) a decode pass may give a sequence several tokens.
+
 Invariants: a request is admitted only when its prompt and all the tokens it may draw fit the cache beside what is
 alive, so nothing alive is ever evicted; live sequence i sits in cache slot i, and a wave's rows behind all of them;
 each token carries the policy version in force when it was drawn, and no token of a request is drawn under a version
@@ -16,6 +18,7 @@ below its `min_version`; a request that waits for a version holds up nobody else
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 
@@ -25,13 +28,13 @@ from torch import Tensor
 from shoal.engine.cache import KVCache
 from shoal.engine.model import Decoder
 from shoal.engine.prefill import Wave, compute
-from shoal.engine.prefix import PrefixStore, shared
-from shoal.engine.sampling import likeliest, sample
+from shoal.engine.prefix import PrefixStore, State, shared
+from shoal.engine.sampling import alternatives, sample
 from shoal.engine.sequence import Drawn, Sequence
-from shoal.engine.shaping import Shaper
+from shoal.engine.speculation.speculating import Answers, Speculation
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import CapacityError
-from shoal.protocol.sampling import Completion, FinishReason, SampleRequest, SamplingParams
+from shoal.protocol.sampling import Completion, FinishReason, SampleRequest
 
 PREFILL_TOKENS = 8192
 """Padded prompt tokens admitted together and computed in one step, unless the engine is told otherwise: for rollouts,
@@ -53,6 +56,7 @@ class Batcher:
         *,
         prefill_tokens: int | None = None,
         prefixes: PrefixStore | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -60,6 +64,7 @@ class Batcher:
         self.context_tokens = min(context_tokens, model.arch.context_tokens)
         self.prefill_tokens = prefill_tokens or PREFILL_TOKENS
         self.prefixes = prefixes
+        self.speculation = speculation
         self.version = 0
         self.waiting: deque[Sequence] = deque()
         self.live: list[Sequence] = []
@@ -97,6 +102,8 @@ class Batcher:
     def step(self) -> bool:
         """One round of work; False when there was nothing to do."""
         self._drop_cancelled()
+        if self.speculation is not None and (self.waiting or self._wave is not None):
+            self.speculation.forget()  # rows are going to change
         if self.held_swap is not None and not self.live and self._wave is None:
             held_swap, self.held_swap = self.held_swap, None
             held_swap()
@@ -114,6 +121,8 @@ class Batcher:
         self.version = version
         if self.prefixes is not None:
             self.prefixes.clear()
+        if self.speculation is not None:
+            self.speculation.forget()
 
     def cancel_all(self) -> None:
         """Complete everything that waits or lives as cancelled."""
@@ -177,7 +186,9 @@ class Batcher:
 
     def _share(self, source: int, slot: int, sequence: Sequence) -> None:
         self.cache.copy(source, slot, sequence.prompt_length)
-        sequence.prompt_hidden, sequence.prompt_version = self.live[source].prompt_hidden, self.version
+        other = self.live[source]
+        sequence.prompt_hidden, sequence.prompt_version = other.prompt_hidden, self.version
+        sequence.prompt_features = other.prompt_features
 
     def _fill(self) -> None:
         """Compute the wave's prompts, one step's budget of them; when they are whole, let its members join."""
@@ -202,24 +213,26 @@ class Batcher:
         self.cache.reserve(wave.num_slots, longest, filled=len(self.live))
         for slot, leader in enumerate(wave.leaders, start=wave.base):
             source, length = found[leader]
-            if isinstance(source, Tensor):
-                self.cache.put(slot, source[..., :length, :])
+            if not isinstance(source, int):
+                self.cache.put(slot, source, leader.prompt[:length])
             elif length:
                 self.cache.copy(source, slot, length)
         reused = [found[s][1] for s in wave.leaders]
         self.reused_tokens += sum(reused)
         self.prompt_tokens += sum(s.prompt_length for s in wave.leaders) - sum(reused)
-        wave.work = compute(self.model, self.cache, wave.leaders, reused, wave.base, self.prefill_tokens)
+        depths = self.speculation.depths if self.speculation is not None else ()
+        wave.work = compute(self.model, self.cache, wave.leaders, reused, wave.base, self.prefill_tokens, depths)
 
-    def _known_beginning(self, sequence: Sequence) -> tuple[Tensor | int, int]:
+    def _known_beginning(self, sequence: Sequence) -> tuple[State | int, int]:
         """Where the longest known beginning of a prompt lies, in the store or in a live slot, and its length.
 
         The prompt's last token is always computed: its hidden state is what the first token is drawn from.
         """
         if self.prefixes is None:
             return 0, 0
+        self.prefixes.at(self.cache.generation)
         ids = sequence.prompt[:-1]
-        best: tuple[Tensor | int, int] = (0, 0)
+        best: tuple[State | int, int] = (0, 0)
         if (found := self.prefixes.find(ids, sequence.space)) is not None:
             best = found[0].state, found[1]
         for slot, other in enumerate(self.live):
@@ -243,6 +256,7 @@ class Batcher:
                     continue
                 followers.remove(found)
                 found.prompt_hidden, heir = leader.prompt_hidden, found
+                found.prompt_features = leader.prompt_features
             slot = len(self.live)
             if slot != source:
                 self.cache.copy(source, slot, heir.prompt_length)
@@ -272,59 +286,84 @@ class Batcher:
         self._draw(members, logits[[row_of[s.key] for s in members]])
 
     def _decode(self) -> None:
-        """One token for every live sequence."""
+        """One token for every live sequence, or several where drafts are accepted."""
+        speculation = self.speculation
+        if speculation is not None:
+            answers = speculation.round(self.model, self.cache, self.live, self)
+            if answers is not None:
+                self._accept(answers)
+                return
         device = self.model.device
-        lengths = [s.length for s in self.live]
-        wave = self._wave
-        if wave is None:
-            self.cache.reserve(len(self.live), max(lengths) + 1, filled=len(self.live))
-        else:
-            longest = max(max(lengths) + 1, wave.longest)
-            self.cache.reserve(wave.num_slots, longest, filled=wave.base + len(wave.leaders))
-        ids = torch.tensor([[s.ids[-1]] for s in self.live], device=device)
-        adapters = [s.adapter for s in self.live]
-        hidden = self.model.forward(ids, torch.tensor(lengths, device=device), self.cache, adapters=adapters)
-        self._draw(list(self.live), self.model.logits(hidden[:, 0]))
+        members, lengths = list(self.live), [s.length for s in self.live]
+        self.reserve(max(lengths) + 1)
+        ids = torch.tensor([[s.ids[-1]] for s in members], device=device)
+        adapters = [s.adapter for s in members]
+        start = torch.tensor(lengths, device=device)
+        if speculation is None:
+            hidden = self.model.forward(ids, start, self.cache, adapters=adapters)
+            self._draw(members, self.model.logits(hidden[:, 0]))
+            return
+        land, _ = self.model.launch(ids, start, self.cache, adapters=adapters, depths=speculation.depths)
+        if (passed := land()) is not None:  # else its ring broke, and the next step does it again
+            began = time.perf_counter()
+            finished = self._sampled(members, self.model.logits(passed.hidden_BTH[:, 0]))
+            speculation.stepped(members, passed, time.perf_counter() - began)
+            self._leave(finished)
+
+    def fits(self, longest: int) -> bool:
+        """Whether every live row may have so many positions, beside the prompts that are being computed."""
+        return self.cache.fits(self._wave.num_slots if self._wave else len(self.live), longest)
+
+    def reserve(self, longest: int) -> None:
+        """Room in the cache for so many positions of every live row, and for the prompts that are being computed."""
+        slots, filled, wave = len(self.live), len(self.live), self._wave
+        if wave is not None:
+            slots, filled, longest = wave.num_slots, wave.base + len(wave.leaders), max(longest, wave.longest)
+        self.cache.reserve(slots, longest, filled)
+
+    def _accept(self, answers: Answers) -> None:
+        """Record what a round of drafts has given; what comes behind a sequence's end is dropped."""
+        finished = self._sampled(list(answers.others), answers.logits) if answers.logits is not None else {}
+        for sequence, verdict in answers.verdicts:
+            for token, logprob in zip(verdict.tokens, verdict.logprobs, strict=True):
+                if (reason := self._record(sequence, token, logprob)) is not None:
+                    finished[sequence] = reason
+                    break
+        self._leave(finished)
 
     def _draw(self, members: list[Sequence], logits: Tensor) -> None:
         """Sample, record, and let finished sequences leave."""
+        self._leave(self._sampled(members, logits))
+
+    def _sampled(self, members: list[Sequence], logits: Tensor) -> dict[Sequence, FinishReason]:
+        """Draw and record one token for each; who is finished by that."""
         params = [s.request.params for s in members]
         shapers = [s.shaper for s in members]
         shaped = shapers if any(shaper is not None for shaper in shapers) else ()
         tokens, logprobs = sample(logits, params, [s.uniform() for s in members], shaped)
         finished: dict[Sequence, FinishReason] = {}
         for row, (sequence, token, logprob) in enumerate(zip(members, tokens, logprobs, strict=True)):
-            if math.isnan(logprob):
-                finished[sequence] = "error"  # weights that have diverged; nothing was drawn
-                continue
-            sequence.ids.append(token)
-            sequence.logprobs.append(logprob)
-            sequence.versions.append(self.version)
-            self.tokens_drawn += 1
-            shaper = sequence.shaper
-            if sequence.on_token is not None:
-                top = self._alternatives(shaper, logits[row], params[row]) if shaper and shaper.num_top else ()
-                sequence.on_token(Drawn(token, logprob, top))
-            if shaper is not None:
-                shaper.took(token)
-            ended = token in self.tokenizer.end_ids
-            if ended or self.tokenizer.ends_with_stop(sequence.ids, sequence.request.params.stop):
-                finished[sequence] = "stop"
-            elif shaper is not None and (shaper.is_broken or shaper.is_complete):
-                finished[sequence] = "error" if shaper.is_broken else "stop"
-            elif len(sequence.ids) >= sequence.request.params.max_tokens:
-                finished[sequence] = "length"
-        self._leave(finished)
+            top: tuple[tuple[int, float], ...] = ()
+            if sequence.on_token is not None and sequence.shaper is not None and sequence.shaper.num_top:
+                top = alternatives(logits[row], params[row], sequence.shaper)
+            if (reason := self._record(sequence, token, logprob, top)) is not None:
+                finished[sequence] = reason
+        return finished
 
-    @staticmethod
-    def _alternatives(shaper: Shaper, logits_V: Tensor, params: SamplingParams) -> tuple[tuple[int, float], ...]:
-        """The likeliest tokens where one was drawn; its shaper has not been told of it yet."""
-        shaped_V = logits_V.to(torch.float32, copy=True)
-        shaper.apply(shaped_V)
-        return likeliest(shaped_V, params, shaper.num_top)
+    def _record(
+        self, sequence: Sequence, token: int, logprob: float, top: tuple[tuple[int, float], ...] = ()
+    ) -> FinishReason | None:
+        if math.isnan(logprob):
+            return "error"  # weights that have diverged; nothing was drawn
+        self.tokens_drawn += 1
+        return sequence.take(Drawn(token, logprob, top), self.version, self.tokenizer)
 
     def _leave(self, finished: Mapping[Sequence, FinishReason]) -> None:
         """Remove sequences; the last live one moves into each hole."""
+        if self.speculation is not None and finished:
+            self.speculation.forget()
+            for sequence in finished:
+                self.speculation.left(sequence)
         for slot in range(len(self.live) - 1, -1, -1):
             sequence = self.live[slot]
             if sequence not in finished:
@@ -343,6 +382,7 @@ class Batcher:
         """Keep a finished sequence's keys and values, if all of them are of the weights in place."""
         if self.prefixes is None or {sequence.prompt_version, *sequence.versions} != {self.version}:
             return
+        self.prefixes.at(self.cache.generation)
         ids = (*sequence.prompt, *sequence.ids)[: sequence.length]
         if self.prefixes.wants(ids, self.cache.token_bytes, sequence.space):
             self.prefixes.add(ids, self.cache.take(slot, len(ids)), sequence.space)

@@ -10,8 +10,12 @@ filled positions only, and those bit for bit; whatever was never written is zero
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from shoal.engine.prefix import State
 
 GROWTH_TOKENS = 32
 """Capacity is a multiple of this. Growing copies the cache, about 1 % of the time of as many decode steps."""
@@ -41,8 +45,11 @@ class KVCache:
         self.budget_bytes = budget_bytes
         self._dtype, self._device = dtype, device
         self.token_bytes = 2 * num_layers * num_kv_heads * head_dim * dtype.itemsize
+        self._rows = torch.arange(max_slots, device=device)[:, None]
         self.capacity = 0
         self.num_slots = 0
+        self.generation = 0
+        """Rises when what `take` gave before is lost; never here."""
         self._keys = [self._empty(0, 0) for _ in range(num_layers)]
         self._values = [self._empty(0, 0) for _ in range(num_layers)]
 
@@ -74,15 +81,21 @@ class KVCache:
                 store[layer][:filled, :, :kept] = old[:filled, :, :kept]
         self.num_slots, self.capacity = slots, capacity
 
-    def write(self, layer: int, first_slot: int, positions_BT: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new keys and values [B, T, K, D] at their positions; gives all of those rows', [B, K, capacity, D]."""
+    def write(
+        self, layer: int, first_slot: int, positions_BT: Tensor, k: Tensor, v: Tensor, reach: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [B, T, K, D] at their positions; gives what those rows hold, [B, K, reach, D].
+
+        Args:
+            reach: how many positions are wanted; by default all there are.
+        """
         batch = k.shape[0]
         keys = self._keys[layer][first_slot : first_slot + batch]
         values = self._values[layer][first_slot : first_slot + batch]
-        rows = torch.arange(batch, device=k.device)[:, None]
+        rows = self._rows[:batch]
         keys[rows, :, positions_BT] = k
         values[rows, :, positions_BT] = v
-        return keys, values
+        return keys[:, :, :reach], values[:, :, :reach]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot into another."""
@@ -90,15 +103,32 @@ class KVCache:
             for tensor in store:
                 tensor[target, :, :length] = tensor[source, :, :length]
 
-    def take(self, slot: int, length: int) -> Tensor:
+    def settle(self, slot: int, start: int, nodes: Sequence[int]) -> None:
+        """Of the entries from position `start` on, keep these in this order, and forget the others.
+
+        A round's drafts lie in the order of their tree's nodes; `nodes` is the accepted path. A beginning of them (an
+        accepted chain) costs nothing: what is behind a sequence's end is overwritten when it is reached.
+        """
+        if list(nodes) == list(range(len(nodes))):
+            return
+        source = [start + node for node in nodes]
+        for store in (self._keys, self._values):
+            for tensor in store:
+                tensor[slot, :, start : start + len(source)] = tensor[slot, :, source]
+
+    def holds(self, slot: int, ids: Sequence[int]) -> None:
+        """Told after a round of drafts which tokens a slot's filled positions are of; a cache of keys needs no ids."""
+
+    def take(self, slot: int, length: int) -> State:
         """A copy of a slot's first `length` positions, [2, layers, K, length, D]."""
         return torch.stack([torch.stack([t[slot, :, :length] for t in store]) for store in (self._keys, self._values)])
 
-    def put(self, slot: int, state: Tensor) -> None:
-        """Write what `take` gave to a slot's beginning."""
+    def put(self, slot: int, state: State, ids: Sequence[int]) -> None:
+        """Write the beginning of what `take` gave, which is of these ids, to a slot's beginning."""
+        assert isinstance(state, Tensor)
         for store, kept in zip((self._keys, self._values), state, strict=True):
             for tensor, layer in zip(store, kept, strict=True):
-                tensor[slot, :, : layer.shape[1]] = layer
+                tensor[slot, :, : len(ids)] = layer[:, : len(ids)]
 
     def clear(self, slot: int) -> None:
         """Zero a slot: a masked position weighs nothing, but nothing times NaN is NaN."""

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -35,6 +35,8 @@ from shoal.engine.prefix import PrefixStore
 from shoal.engine.sequence import Drawn, Sequence
 from shoal.engine.shaping import PLAIN, Shaping
 from shoal.engine.source import LocalModel
+from shoal.engine.speculation.speculating import Speculation
+from shoal.engine.stats import EngineStats, stats_of
 from shoal.engine.swapping import swap
 from shoal.engine.text_stream import TextStream
 from shoal.engine.tokenizer import Tokenizer
@@ -51,25 +53,6 @@ NO_ADAPTERS: Mapping[str, Path] = MappingProxyType({})
 
 CLOSE_TIMEOUT_S = 30.0
 """The engine's thread ends within one step; a step that takes longer than this is a defect."""
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counters since the engine started; rates are the caller's to compute."""
-
-    tokens_drawn: int
-    prompt_tokens: int
-    live: int
-    waiting: int
-    busy_s: float
-    cache_bytes: int
-    filling: int
-    """Sequences whose prompts are being computed."""
-    reused_tokens: int
-    """Prompt tokens that the prefix store saved; `prompt_tokens` does not count them."""
-    prefix_bytes: int
-    rebuilt_tokens: int = 0
-    """Computed again because a pipeline's stages were lost or its layers moved."""
 
 
 class LocalEngine:
@@ -89,6 +72,7 @@ class LocalEngine:
             other weights, and so no rollouts are drawn with it.
         adapters: folders of LoRA adapters, by the names that requests give (`lora`).
         on_swap: what becomes of sequences that are alive when weights change (`swapping`).
+        speculation: drafts several tokens for one pass; with a lossy rule the engine takes no other weights either.
 
     Raises:
         ModelError: the checkpoint or an adapter is incomplete, damaged or of an unsupported type, or the device is not
@@ -110,6 +94,7 @@ class LocalEngine:
         int8: bool = False,
         adapters: Mapping[str, Path] = NO_ADAPTERS,
         on_swap: SwapPolicy = "keep",
+        speculation: Speculation | None = None,
     ) -> None:
         self._on_swap = on_swap
         torch.set_num_threads(threads)
@@ -135,6 +120,7 @@ class LocalEngine:
             context_tokens,
             prefill_tokens=prefill_tokens,
             prefixes=PrefixStore(prefix_tokens * token_bytes) if prefix_tokens else None,
+            speculation=speculation,
         )
         loaded = {name: decoder.adapter(name, folder) for name, folder in adapters.items()}
         self._start(batcher, threads, int8=int8, adapters=loaded)
@@ -179,24 +165,19 @@ class LocalEngine:
         return tuple(self._adapters)
 
     @property
+    def lossy_rule(self) -> str:
+        """The acceptance rule that may change what the model would have said; empty where none does."""
+        speculation = self._batcher.speculation
+        return speculation.rule.name if speculation is not None and speculation.rule.lossy else ""
+
+    @property
     def tensor_names(self) -> list[str]:
         """The tensors that `load_weights` must be given."""
         return self._batcher.model.tensor_names
 
     def stats(self) -> EngineStats:
         """A momentary view; consistent enough for people and rates."""
-        batcher = self._batcher
-        return EngineStats(
-            tokens_drawn=batcher.tokens_drawn,
-            prompt_tokens=batcher.prompt_tokens,
-            live=len(batcher.live),
-            waiting=len(batcher.waiting),
-            busy_s=self._busy_s,
-            cache_bytes=batcher.cache.bytes,
-            filling=batcher.num_filling,
-            reused_tokens=batcher.reused_tokens,
-            prefix_bytes=batcher.prefixes.bytes if batcher.prefixes else 0,
-        )
+        return stats_of(self._batcher, self._busy_s)
 
     @property
     def is_alive(self) -> bool:
@@ -257,9 +238,15 @@ class LocalEngine:
         """Swap in a version between two steps; gives the pause in seconds.
 
         Raises:
-            ModelError: tensors are missing or of another shape, or this engine's weights are of 8 bits; the old weights
-                stay.
+            ModelError: tensors are missing or of another shape, this engine's weights are of 8 bits, or it drafts by a
+                lossy rule; the old weights stay.
         """
+        if self.lossy_rule:
+            raise ModelError(
+                f"an engine that drafts by the rule {self.lossy_rule} takes no other weights: what it says is not the "
+                "policy's.",
+                "Use the rule strict where rollouts are drawn.",
+            )
         if self._int8:
             raise ModelError(
                 "an engine whose weights have 8 bits takes no others: what it draws is not the policy's.",

@@ -14,6 +14,7 @@ key-value heads.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.engine.cache import KVCache
+from shoal.engine.features import Features, Passed
 from shoal.engine.linear import Linear, can_pack
 from shoal.engine.lora import Adapter, grouped
 from shoal.engine.quantised import QuantisedLinear
 from shoal.engine.rotary import Rotary, rotate
+from shoal.engine.speculation.drafts import ancestors
 from shoal.errors import ModelError
 
 SUPPORTED_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -279,7 +282,9 @@ class Decoder:
         slots_BT = start_B[:, None] + torch.arange(width, device=self.device)
         positions_BT = slots_BT if tree_BTT is None else start_B[:, None] + tree_BTT.sum(dim=-1) - 1
         cos, sin = self._rotary.angles(positions_BT, self.dtype)
-        seen_B1TL = torch.arange(cache.capacity, device=self.device) <= slots_BT[:, None, :, None]
+        # What nobody has reached is not read: decoding waits for memory. On a GPU, asking would take longer.
+        reach = cache.capacity if self.device.type == "cuda" else int(start_B.max()) + width
+        seen_B1TL = torch.arange(reach, device=self.device) <= slots_BT[:, None, :, None]
         if tree_BTT is not None:
             seen_B1TL.scatter_(3, slots_BT[:, None, None].expand(-1, 1, width, -1), tree_BTT[:, None])
         bias_B1TL = torch.zeros(seen_B1TL.shape, dtype=self.dtype, device=self.device)
@@ -307,14 +312,41 @@ class Decoder:
                 k = rotate(F.rms_norm(k, (dim,), layer.k_norm, arch.norm_eps), cos, sin)
             else:
                 q, k = rotate(qkv[:, :, : heads + kv_heads], cos, sin).split((heads, kv_heads), dim=2)
-            keys, values = cache.write(index, first_slot, slots_BT, k, v)
+            keys, values = cache.write(index, first_slot, slots_BT, k, v, reach)
             hidden = hidden + project(index, "out", attend(q, keys, values, bias_B1TL))
             normed = F.rms_norm(hidden, (arch.hidden_size,), layer.norm2, arch.norm_eps)
             gate, up = project(index, "gate_up", normed).chunk(2, dim=-1)
-            hidden = hidden + project(index, "down", F.silu(gate) * up)
+            hidden = hidden + project(index, "down", F.silu(gate).mul_(up))
         if at_B is not None:
             hidden = hidden.gather(1, at_B[:, None, None].expand(-1, 1, arch.hidden_size))
         return hidden if self._norm is None else F.rms_norm(hidden, (arch.hidden_size,), self._norm, arch.norm_eps)
+
+    def launch(
+        self,
+        x_BT: Tensor,
+        start_B: Tensor,
+        cache: KVCache,
+        *,
+        adapters: Sequence[Adapter | None] = (),
+        parents_BN: Tensor | None = None,
+        depths: tuple[int, ...] = (),
+    ) -> tuple[Callable[[], Passed | None], Callable[[], None]]:
+        """A pass over all live rows' newest tokens and drafts, which need not be over when this returns.
+
+        Args:
+            parents_BN: where the drafts are trees (`Drafts`).
+            depths: layers whose incoming hidden states are wanted.
+
+        Returns:
+            What waits for it (nothing comes if it was lost on its way), and what says that nobody will.
+        """
+        observed = Features(depths)
+        started = time.perf_counter()
+        tree = None if parents_BN is None else ancestors(parents_BN).to(self.device)
+        observe = observed if depths else None
+        hidden = self.forward(x_BT, start_B, cache, adapters=adapters, tree_BTT=tree, observe=observe)
+        passed = Passed(hidden, observed.rows(), time.perf_counter() - started)
+        return (lambda: passed), (lambda: None)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:

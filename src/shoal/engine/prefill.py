@@ -15,10 +15,13 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
+from torch import Tensor
 
 from shoal.engine.cache import KVCache
+from shoal.engine.features import Features
 from shoal.engine.model import Decoder
 from shoal.engine.sequence import Sequence
+from shoal.engine.speculation.drafting import FEATURE_TOKENS
 
 PREFILL_WIDTH = 512
 """Longer prompts are computed in pieces of this many tokens, which bounds the activations' memory."""
@@ -54,24 +57,39 @@ class Wave:
 
 
 def compute(
-    model: Decoder, cache: KVCache, leaders: list[Sequence], reused: list[int], base: int, budget: int
+    model: Decoder,
+    cache: KVCache,
+    leaders: list[Sequence],
+    reused: list[int],
+    base: int,
+    budget: int,
+    depths: tuple[int, ...] = (),
 ) -> Iterator[int]:
     """Compute each leader's prompt from its first `reused` tokens on; yields the padded tokens of each piece.
 
     Leaders come in runs of equal `reused`, longest prompt first within a run: the rows that still have tokens in a
-    later piece are then the first ones, and no row is padded past the longest prompt. Sets `prompt_hidden`.
+    later piece are then the first ones, and no row is padded past the longest prompt. Sets `prompt_hidden`, and
+    `prompt_features` where hidden states of some `depths` are asked for.
     """
     first = base
     for start, run in groupby(zip(reused, leaders, strict=True), key=lambda pair: pair[0]):
         rows = [leader for _, leader in run]
-        yield from _compute_run(model, cache, rows, start, first, budget)
+        yield from _compute_run(model, cache, rows, start, first, budget, depths)
         first += len(rows)
 
 
 def _compute_run(
-    model: Decoder, cache: KVCache, rows: list[Sequence], start: int, first: int, budget: int
+    model: Decoder,
+    cache: KVCache,
+    rows: list[Sequence],
+    start: int,
+    first: int,
+    budget: int,
+    depths: tuple[int, ...],
 ) -> Iterator[int]:
     device = model.device
+    for sequence in rows:
+        sequence.prompt_features = None
     longest = rows[0].prompt_length
     ids = torch.tensor([[*s.prompt[start:], *[0] * (longest - s.prompt_length)] for s in rows], device=device)
     while start < longest:
@@ -81,9 +99,20 @@ def _compute_run(
         last = [min(s.prompt_length - start, width) - 1 for s in rows[:unfinished]]
         at = torch.tensor(last, device=device)
         adapters = [s.adapter for s in rows[:unfinished]]
-        hidden = model.forward(ids[:unfinished, :width], offset, cache, first, at, adapters)
+        observed = Features(depths) if depths else None
+        hidden = model.forward(ids[:unfinished, :width], offset, cache, first, at, adapters, observe=observed)
+        features_BTF = observed.rows() if observed else None
         for row, sequence in enumerate(rows[:unfinished]):
+            if features_BTF is not None:
+                _keep(sequence, features_BTF[row, : sequence.prompt_length - start])
             if sequence.prompt_length <= start + width:
                 sequence.prompt_hidden = hidden[row, 0].clone()
         ids, start = ids[:, width:], start + width
         yield unfinished * width
+
+
+def _keep(sequence: Sequence, features_TF: Tensor) -> None:
+    """Add features of the prompt's next positions; the latest are kept."""
+    known = sequence.prompt_features
+    joined = features_TF if known is None else torch.cat((known, features_TF))
+    sequence.prompt_features = joined[-FEATURE_TOKENS:].clone()

@@ -10,6 +10,7 @@ share its length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -21,17 +22,31 @@ Ids = tuple[int, ...]
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Keys and values that lie elsewhere: on a pipeline's stages."""
+
+    key: int
+    bytes: int
+    generation: int
+    """What is kept ends with the stages that keep it (`KVCache.generation`)."""
+
+
+State = Tensor | Kept
+"""Keys and values of one sequence, [2, layers, K, length, D], or where they are."""
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One sequence's keys and values, [2, layers, K, length, D]."""
+    """One sequence's keys and values."""
 
     ids: Ids
-    state: Tensor
+    state: State
     space: str
     """What else it depends on (`Sequence.space`)."""
 
     @property
     def bytes(self) -> int:
-        return self.state.numel() * self.state.itemsize
+        return self.state.bytes if isinstance(self.state, Kept) else self.state.numel() * self.state.itemsize
 
 
 class PrefixStore:
@@ -39,10 +54,13 @@ class PrefixStore:
 
     Args:
         budget_bytes: the most memory that entries may take; 0 keeps nothing.
+        forgotten: told of states that are kept no more.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
+    def __init__(self, budget_bytes: int, forgotten: Callable[[State], None] = lambda _: None) -> None:
         self.budget_bytes = budget_bytes
+        self._forgotten = forgotten
+        self._generation = 0
         self.bytes = 0
         self._entries: dict[tuple[str, Ids], Entry] = {}
         """Least recently used first."""
@@ -66,7 +84,7 @@ class PrefixStore:
         known = self._by_head.get((space, ids[:GRAIN]), ())
         return not any(shared(one, ids) >= len(ids) - GRAIN for one in known)
 
-    def add(self, ids: Ids, state: Tensor, space: str = "") -> None:
+    def add(self, ids: Ids, state: State, space: str = "") -> None:
         """Keep an entry that `wants` has agreed to; those that it continues are dropped."""
         entry = Entry(ids, state, space)
         for known in [k for k in self._by_head.get((space, ids[:GRAIN]), ()) if ids[: len(k)] == k]:
@@ -77,14 +95,23 @@ class PrefixStore:
         self._by_head.setdefault((space, ids[:GRAIN]), []).append(ids)
         self.bytes += entry.bytes
 
+    def at(self, generation: int) -> None:
+        """Told the cache's generation: what was kept in an earlier one is gone."""
+        if generation != self._generation:
+            self._generation = generation
+            self.clear()
+
     def clear(self) -> None:
         """Forget everything."""
+        for entry in self._entries.values():
+            self._forgotten(entry.state)
         self._entries.clear()
         self._by_head.clear()
         self.bytes = 0
 
     def _drop(self, entry: Entry) -> None:
         self.bytes -= self._entries.pop((entry.space, entry.ids)).bytes
+        self._forgotten(entry.state)
         key = entry.space, entry.ids[:GRAIN]
         self._by_head[key].remove(entry.ids)
         if not self._by_head[key]:

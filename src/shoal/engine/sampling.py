@@ -97,6 +97,14 @@ def likeliest(logits_V: Tensor, params: SamplingParams, count: int) -> tuple[tup
     return tuple((token, logprob) for token, logprob in pairs if logprob > float("-inf"))
 
 
+@torch.inference_mode()
+def alternatives(logits_V: Tensor, params: SamplingParams, shaper: Shaper) -> tuple[tuple[int, float], ...]:
+    """As many of the likeliest as the shaper's request asked for, shaped as the token itself was."""
+    shaped_V = logits_V.to(torch.float32, copy=True)
+    shaper.apply(shaped_V)
+    return likeliest(shaped_V, params, shaper.num_top)
+
+
 def _sample(
     logits_BV: Tensor,
     params: Sequence[SamplingParams],

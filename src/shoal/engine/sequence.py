@@ -13,7 +13,8 @@ from torch import Tensor
 
 from shoal.engine.lora import Adapter
 from shoal.engine.shaping import Shaper
-from shoal.protocol.sampling import Completion, SampleRequest
+from shoal.engine.tokenizer import Tokenizer
+from shoal.protocol.sampling import Completion, FinishReason, SampleRequest
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Sequence:
     cancelled: bool = False
     prompt_hidden: Tensor | None = None
     """Hidden state at the prompt's last token, [H]; from it, others with this prompt draw their first token."""
+    prompt_features: Tensor | None = None
+    """Where a drafter reads hidden states: those of the prompt's last positions, [T, F]."""
     prompt_version: int = -1
     """The policy version under which the prompt was computed."""
 
@@ -51,6 +54,21 @@ class Sequence:
     def uniform(self) -> float:
         """This sequence's next random number: a stream of its own, so the batch's company changes nothing."""
         return self._random.random()
+
+    def take(self, drawn: Drawn, version: int, tokenizer: Tokenizer) -> FinishReason | None:
+        """Add a token, drawn under a policy version; why that ends the completion, if it does."""
+        self.ids.append(drawn.token)
+        self.logprobs.append(drawn.logprob)
+        self.versions.append(version)
+        if self.on_token is not None:
+            self.on_token(drawn)
+        if self.shaper is not None:
+            self.shaper.took(drawn.token)
+        if drawn.token in tokenizer.end_ids or tokenizer.ends_with_stop(self.ids, self.request.params.stop):
+            return "stop"
+        if self.shaper is not None and (self.shaper.is_broken or self.shaper.is_complete):
+            return "error" if self.shaper.is_broken else "stop"
+        return "length" if len(self.ids) >= self.request.params.max_tokens else None
 
     @property
     def prompt(self) -> tuple[int, ...]:

@@ -194,6 +194,9 @@ class Arithmetic(QuestionEnvironment):
         evaluate(task.id)
         return self.settings.wording.replace("{expression}", task.id.replace("*", self.settings.times))
 
+    def answers(self, task: Task) -> tuple[str, ...]:
+        return (str(evaluate(task.id)),)
+
     def grade(self, task: Task, reply: str) -> dict[str, float]:
         answer = evaluate(task.id)
         return {

@@ -50,6 +50,8 @@ class Observation:
     messages: tuple[Message, ...]
     grammar: Grammar | None = None
     """What the first action must match, where the environment constrains it."""
+    given: str | None = None
+    """The first action, where the environment says it in the agent's place; see `Step`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +67,19 @@ class Step:
     """Named parts, as they stand now; the last step's are the episode's."""
     grammar: Grammar | None = None
     """What the next action must match."""
+    given: str | None = None
+    """The next action, where the environment says it in the agent's place: an expert's, to be learnt from as if the
+    agent had drawn it. Only environments that declare `gives` may."""
 
 
 class Environment(ABC):
     """One world. A subclass gives `task`, `reset` and `step`, and declares `Settings` where it has any."""
 
     Settings: ClassVar[type[EnvironmentSettings]] = EnvironmentSettings
+    gives: ClassVar[bool] = False
+    """Whether it ever says an action itself; its `judge` then checks that it did."""
+    rollout_seed: int = 0
+    """The episode's own, beside its task's: for what may differ between rollouts of one task. Set before `reset`."""
 
     def __init__(self, settings: EnvironmentSettings | None = None, *, name: str = "") -> None:
         self.settings: Any = self.Settings() if settings is None else settings
@@ -95,6 +104,21 @@ class Environment(ABC):
 
         An action that makes no sense is answered by an observation, never by an exception.
         """
+
+    def also_read(self, notes: str) -> Grammar | None:
+        """What the first action must match for an agent that was given notes as well, where that makes a difference.
+
+        Called right after `reset`, if at all. None: what the opening says.
+        """
+        return None
+
+    def sibling(self, task_id: str, index: int, seed: int) -> Task:
+        """Training task `index` of the template that the task with this id has; of any, where the world has none."""
+        return self.task("train", index, seed)
+
+    def answers(self, task: Task) -> tuple[str, ...]:
+        """Right answers of a task, where the environment can tell them: no memory may hold one."""
+        return ()
 
     async def close(self) -> None:
         """Let go of what the episode holds; called once, also after an episode that failed."""

@@ -16,6 +16,7 @@ from shoal.errors import TaskError
 
 ENVIRONMENTS: dict[str, str] = {
     "arithmetic": "shoal.envs.arithmetic:Arithmetic",
+    "dream": "shoal.envs.dream.environment:DreamEnvironment",
     "evm": "shoal.envs.evm.environment:EvmQuests",
     "external": "shoal.envs.external:External",
     "judged": "shoal.envs.judged:Judged",
@@ -23,6 +24,7 @@ ENVIRONMENTS: dict[str, str] = {
     "reasoning_gym": "shoal.envs.reasoning_gym:ReasoningGym",
     "sokoban": "shoal.envs.sokoban:Sokoban",
     "web": "shoal.envs.web.environment:Web",
+    "web_hosted": "shoal.envs.web.hosted:HostedWeb",
 }
 """Short name -> import path."""
 

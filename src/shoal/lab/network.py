@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import math
 import re
+import tomllib
 from collections.abc import Iterable, Sequence
 from pathlib import Path as FilePath
 from typing import Literal
 
 import msgspec
 
-from shoal.config.toml import NoToml, tables_of
 from shoal.errors import ConfigError
 
 MAX_NODES = 250
@@ -266,10 +266,13 @@ def load_network(file: FilePath) -> Network:
         ConfigError: no such file, no TOML, or no valid description; the message names the key.
     """
     try:
-        table = tables_of(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file} cannot be read: {error.strerror}.", "Give the TOML file of a network.") from None
-    except (NoToml, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # numbers of thousands of digits, and deep nesting, are no TOML either
         raise ConfigError(f"{file} is not TOML: {error}.", "Mend the file.") from None
     try:
         return msgspec.convert(table, Network)

@@ -15,6 +15,7 @@ context and never trained.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
@@ -40,7 +41,7 @@ class Trajectory:
     trained: NDArray[np.bool_]
     """Which tokens enter the loss."""
     behaviour: NDArray[np.float64]
-    """log μ of each trained token; 0 elsewhere."""
+    """log μ of each trained token, nan where nobody drew it (an expert's); 0 elsewhere."""
     versions: NDArray[np.int64]
     """Policy version each trained token was sampled under; -1 elsewhere."""
     prefix_length: int
@@ -123,7 +124,8 @@ def _branch(
         if train and turn.grammar is not None:
             grammars.append((len(ids) - num_drawn, num_drawn, turn.grammar))
         trained += [False] * num_context + [train] * num_drawn
-        behaviour += [0.0] * num_context + [*(completion.logprobs if train else [0.0] * num_drawn)]
+        mu = [math.nan] * num_drawn if turn.given else completion.logprobs
+        behaviour += [0.0] * num_context + [*(mu if train else [0.0] * num_drawn)]
         versions += [-1] * num_context + [*(completion.versions if train else [-1] * num_drawn)]
     return Trajectory(
         group=episode.group,

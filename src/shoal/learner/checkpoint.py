@@ -134,7 +134,7 @@ def save(root: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
     Raises:
         StorageError: the disk is full or can't be written; what was there before is untouched.
     """
-    target = root / f"{PREFIX}{checkpoint.version:06d}"
+    target = path_of(root, checkpoint.version)
     scratch = root / f"{SCRATCH}{checkpoint.version:06d}-{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -158,6 +158,11 @@ def save(root: Path, checkpoint: Checkpoint, *, keep: int = 2) -> Path:
             "Free some space, or set learner.keep_checkpoints lower; the checkpoint before it is still good.",
         ) from error
     return target
+
+
+def path_of(root: Path, version: int) -> Path:
+    """Where the checkpoint of a version lies."""
+    return root / f"{PREFIX}{version:06d}"
 
 
 def load_latest(root: Path) -> Checkpoint | None:

@@ -107,6 +107,7 @@ class ClaimChecker:
         dtype: the number format that workers hold weights in.
         read: tensors of a version; raises `StorageError` where it is not kept.
         on_swap: what workers do with completions under way when weights change.
+        seeds: whether tokens must be those that the leased seeds draw.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class ClaimChecker:
         context_tokens: int,
         on_swap: SwapPolicy = "keep",
         pass_tokens: int = PASS_TOKENS,
+        seeds: bool = True,
     ) -> None:
         self._model = Decoder(model.config(), DTYPES[dtype], device)
         self._tokenizer = tokenizer
@@ -127,6 +129,7 @@ class ClaimChecker:
         self._on_swap = on_swap
         self._context_tokens = context_tokens
         self._pass_tokens = pass_tokens
+        self._seeds = seeds
         self._version = -1
 
     def check(self, claims: Sequence[Claim]) -> list[Finding]:
@@ -141,7 +144,7 @@ class ClaimChecker:
             if problem:
                 found[name] = Finding(episode=name, problem=problem, tokens=claim.episode.num_tokens)
             else:
-                rows += rows_of(claim)
+                rows += rows_of(claim, seeds=self._seeds)
         gone = self._compute(rows)
         took = time.perf_counter() - started
         total = max(1, sum(claim.episode.num_tokens for claim in claims))
@@ -339,16 +342,19 @@ def _add(drawn: Sequence[tuple[Row, int]], logits_NV: Tensor) -> None:
             row.sums[name] += math.nan if bad else value
 
 
-def rows_of(claim: Claim) -> list[Row]:
-    """A claim's turns as the requests that they were."""
+def rows_of(claim: Claim, *, seeds: bool = True) -> list[Row]:
+    """A claim's turns as the requests that they were; without `seeds` nothing is said of what these would draw."""
     episode = claim.episode
     sequences: list[tuple[int, ...]] = []
     rows = []
     for number, (turn, parent) in enumerate(zip(episode.turns, episode.parents, strict=True)):
         prompt = (sequences[parent] if parent >= 0 else ()) + turn.context_ids
         sequences.append(prompt + turn.completion.token_ids)
+        if turn.given:
+            continue  # Nobody claims to have drawn it.
         # Where an agent's program asks, calls that came to nothing used up seeds: which turn had which is not known.
-        draws = random.Random((claim.seed + SEED_STRIDE * number) % 2**63) if claim.opening else None
+        seeded = seeds and bool(claim.opening)
+        draws = random.Random((claim.seed + SEED_STRIDE * number) % 2**63) if seeded else None
         uniforms = [draws.random() for _ in turn.completion.token_ids] if draws is not None else []
         rows.append(Row(claim, turn, sequences[-1], len(prompt), uniforms))
     return rows

@@ -85,3 +85,17 @@ def response_logprobs(
         allowed=None if allowed is None else torch.from_numpy(allowed).to(device),
         recompute=recompute,
     )
+
+
+class Policy(nn.Module):
+    """The forward pass as a module of its own, so that parameters in parts are gathered around it (`sharding`)."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, batch: MicroBatch, allowed: NDArray[np.uint8] | None, recompute: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """`response_logprobs` of the model."""
+        return response_logprobs(self.model, batch, allowed=allowed, recompute=recompute)

@@ -8,7 +8,7 @@ of the model without adapters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,5 +82,20 @@ def merged_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
         value = parameter.detach()
         if name in deltas:
             value = (value.float() + deltas[name].float()).to(value.dtype)
+        found[name.replace(".base_layer.", ".")] = value
+    return found
+
+
+def merged_by_name(tensors: Mapping[str, Tensor], settings: Lora) -> dict[str, Tensor]:
+    """As `merged_tensors`, from all of a model's tensors by the names that they have with adapters."""
+    found: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if ".lora_" in name:
+            continue
+        layer = name.removesuffix(".base_layer.weight")
+        down, up = (tensors.get(f"{layer}.lora_{part}.{ADAPTER}.weight") for part in "AB")
+        if down is not None and up is not None:
+            delta = (up.float() @ down.float()) * (settings.alpha / settings.rank)
+            value = (value.float() + delta).to(value.dtype)
         found[name.replace(".base_layer.", ".")] = value
     return found

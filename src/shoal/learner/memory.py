@@ -12,6 +12,8 @@ keys, V vocabulary, T tokens of a micro-batch, b bytes of a weight:
                   or b P_t, one pass's gradients, where those are more: the ones go as the others come
     snapshot      b P + b P / 4             the image that changes are made against, and the change in making
     runtime       what Python, torch and transformers take
+    gathered      with N processes: two layers and the embeddings whole, 4 bytes a value of one of them on its way to be
+                  summed; masters, gradients, optimizer, reference and the weights that are not trained are then 1/N
 
 Of a worker: weights twice (in place and arriving), the key-value cache's budget, and the runtime.
 
@@ -152,7 +154,7 @@ def shape_of(name: str) -> Shape | None:
 
 
 def learner_bytes(config: Config, shape: Shape) -> dict[str, int]:
-    """What the learner's process takes at its peak, by part."""
+    """What the learner's process takes at its peak, by part; of several, the first, which publishes as well."""
     learner, width = config.learner, {"bf16": 2, "fp32": 4}[config.model.dtype]
     total = shape.parameters
     lora = learner.lora
@@ -168,8 +170,21 @@ def learner_bytes(config: Config, shape: Shape) -> dict[str, int]:
         "snapshot": width * total * 5 // 4 + (width * total if lora is not None else 0),
         "runtime": RUNTIME_BYTES,
     }
+    if learner.processes > 1:
+        parts |= _divided(parts, shape, learner.processes, width=width, frozen=total - trained)
+        parts["activations"] = activation_bytes(config, shape)
     parts["slack"] = int(SLACK * parts["activations"])
     return parts
+
+
+def _divided(parts: Mapping[str, int], shape: Shape, processes: int, *, width: int, frozen: int) -> dict[str, int]:
+    """What is divided among processes, and what each gathers of it to compute with."""
+    layer = sum(rows * columns for rows, columns in shape.linear().values())
+    embeddings = shape.vocab * shape.hidden * (1 if shape.tied else 2)
+    shared = {name: parts[name] // processes for name in ("masters", "gradients", "optimizer", "reference")}
+    weights = width * frozen if width < 4 else parts["weights"]  # those that are trained are the masters
+    gathered = width * (2 * layer + embeddings) + 4 * max(layer, embeddings)
+    return shared | {"weights": weights // processes, "gathered": gathered}
 
 
 def activation_bytes(config: Config, shape: Shape) -> int:

@@ -6,6 +6,7 @@ micro-batches are summed in fp32 as well. For an fp32 model the masters *are* th
 `torch.optim.AdamW`.
 
 1. Weight decay acts on matrices only; norms and biases are left out, as is usual.
+2. Of a parameter in parts (`sharding`) each rank moves its own; only the gradient's norm is over all of them.
 
 Invariants: after `step` the model holds its masters, rounded; a gradient that is not finite changes nothing at all;
 `load_state_dict(state_dict())` continues bit for bit.
@@ -14,7 +15,7 @@ Invariants: after `step` the model holds its masters, rounded; a gradient that i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,14 @@ from torch import Tensor, nn
 from shoal.config.learner import LrSchedule
 from shoal.errors import RecordError
 from shoal.learner.adamw8bit import STATE_KEYS, AdamW8bit, state_shape
+from shoal.learner.parts import own_part
+
+
+def _master(parameter: nn.Parameter) -> Tensor:
+    """What the optimizer moves: the weight itself where it is fp32 (in parts: this rank's), a copy otherwise."""
+    if parameter.dtype != torch.float32:
+        return parameter.detach().float()
+    return parameter if own_part(parameter) is parameter else own_part(parameter).detach()
 
 
 def learning_rate(
@@ -59,6 +68,7 @@ class MasterAdamW:
         betas, eps, weight_decay: AdamW's (Loshchilov and Hutter 2019).
         grad_clip: largest global gradient norm; larger ones are scaled down to it.
         kind: `adamw8bit` keeps the two moments in 8 bits (`learner.adamw8bit`).
+        total_norm: the norm of the whole gradient from that of this process's part.
     """
 
     def __init__(
@@ -70,11 +80,13 @@ class MasterAdamW:
         weight_decay: float,
         grad_clip: float,
         kind: Literal["adamw", "adamw8bit"] = "adamw",
+        total_norm: Callable[[float], float] = float,
     ) -> None:
         self._parameters = dict(parameters)
-        self._masters = {
-            name: p if p.dtype == torch.float32 else p.detach().float() for name, p in self._parameters.items()
-        }
+        self._masters = {name: _master(p) for name, p in self._parameters.items()}
+        self._copied = {name for name, p in self._parameters.items() if p.dtype != torch.float32}
+        """Those whose master is not the weight itself."""
+        self._total_norm = total_norm
         self._buffers: dict[str, Tensor] = {}
         self._grad_clip = grad_clip
         matrices = [m for m in self._masters.values() if m.ndim >= 2]
@@ -99,6 +111,7 @@ class MasterAdamW:
             master, grad = self._masters[name], parameter.grad
             if master is parameter or grad is None:
                 continue
+            grad = own_part(grad)
             if master.grad is None:
                 # Buffers outlive the step: fresh pages for all gradients cost more than the copy.
                 buffer = self._buffers.setdefault(name, torch.empty_like(master))
@@ -113,7 +126,7 @@ class MasterAdamW:
         masters = list(self._masters.values())
         grads = [m.grad for m in masters if m.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
-        grad_norm = float(norm)
+        grad_norm = self._total_norm(float(norm))
         applied = math.isfinite(grad_norm) and bool(grads)
         if applied:
             if grad_norm > self._grad_clip:
@@ -121,9 +134,8 @@ class MasterAdamW:
             for group in self._adam.param_groups:
                 group["lr"] = lr
             self._adam.step()
-            for name, parameter in self._parameters.items():
-                if self._masters[name] is not parameter:
-                    parameter.copy_(self._masters[name])
+            for name in self._copied:
+                self._parameters[name].copy_(self._masters[name])
         self.zero_grad()
         return OptimizerStep(grad_norm, applied)
 
@@ -141,7 +153,7 @@ class MasterAdamW:
         """Flat, for safetensors: `master.NAME` (where it is not the weight itself), `exp_avg.NAME`, …, `step.NAME`."""
         state: dict[str, Tensor] = {}
         for name, master in self._masters.items():
-            if master is not self._parameters[name]:
+            if name in self._copied:
                 state[f"master.{name}"] = master
             for key, value in self._adam.state.get(master, {}).items():
                 state[f"{key}.{name}"] = value
@@ -155,8 +167,8 @@ class MasterAdamW:
             RecordError: a tensor is missing, unknown, or has another shape.
         """
         expected = set()
-        for name, master in self._masters.items():
-            if master is not self._parameters[name]:
+        for name in self._masters:
+            if name in self._copied:
                 expected.add(f"master.{name}")
             if f"step.{name}" in state:
                 expected |= {f"{key}.{name}" for key in ("step", *self._state_keys)}
@@ -171,7 +183,7 @@ class MasterAdamW:
                     raise RecordError(f"optimizer tensor {key}.{name} has shape {tuple(tensor.shape)}.")
         self._adam.state.clear()
         for name, master in self._masters.items():
-            if master is not self._parameters[name]:
+            if name in self._copied:
                 master.copy_(state[f"master.{name}"])
                 self._parameters[name].copy_(master)
             if f"step.{name}" in state:

@@ -22,7 +22,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from shoal.broadcast.image import read_version
@@ -46,7 +45,9 @@ from shoal.fabric.waits import ENDLESS_S, waiting
 from shoal.learner import checkpoint
 from shoal.learner.auditing import Auditor, Turns
 from shoal.learner.claims import ClaimChecker
-from shoal.learner.loading import load_policy
+from shoal.learner.leading import LeadingTrainer, continue_from
+from shoal.learner.making import make_trainer
+from shoal.learner.ranks import Ranks, is_rank, rank_device
 from shoal.learner.trainer import StepMetrics, Trainer
 from shoal.protocol.codec import encode
 from shoal.protocol.trust import AuditReply, AuditRequest
@@ -114,6 +115,8 @@ class LearnerProcess:
             for task in (training, auditing):
                 task.cancel()
             await asyncio.gather(training, auditing, return_exceptions=True)
+        if isinstance(self._trainer, LeadingTrainer):
+            self._trainer.end()
 
     async def _train(self) -> None:
         with waiting("the model to load", until="it is fetched and loaded", usual_s=MODEL_USUAL_S):
@@ -250,7 +253,7 @@ class LearnerProcess:
         lora = self._config.learner.lora
         if lora is None or lora.publish == "merged":
             return trainer.tensors()
-        return adapter_tensors(trainer.trainable(), lora.alpha, trainer.model.dtype)
+        return adapter_tensors(trainer.trained(), lora.alpha, trainer.dtype)
 
     async def _report(
         self, version: int, metrics: StepMetrics, *, published: bytes | None = None, checkpointed: bool = False
@@ -304,28 +307,18 @@ class LearnerProcess:
             device=pick_device(config.learner.device),
             context_tokens=config.model.context_tokens,
             on_swap=config.rollout.on_swap,
+            seeds=config.trust.seeds,
         )
 
     def _load(self) -> Trainer:
         """The model, continued from the newest checkpoint if there is one."""
-        settings = self._config.learner
-        torch.set_num_threads(settings.threads)
-        torch.manual_seed(self._config.run.seed)
         local = self._local = resolve(self._config.model.name, model_cache())
         self._tokenizer = Tokenizer(local.directory)
-        model = load_policy(local, self._config.model.dtype, settings.device)
-        run, rollout = self._config.run, self._config.rollout
-        trainer = Trainer(
-            model,
-            settings,
-            total_steps=run.steps,
-            max_response_tokens=rollout.max_tokens,
-            tokenizer=self._tokenizer,
-        )
-        newest = checkpoint.load_latest(self._directory / "checkpoints")
-        if newest is not None:
-            trainer.restore(newest)
-            log.info("continuing from the checkpoint of version %d", newest.version)
+        ranks = Ranks(rank_device(self._config.learner.device)) if is_rank() else None
+        trainer = make_trainer(self._config, local, self._tokenizer, ranks)
+        version = continue_from(trainer, self._directory / "checkpoints")
+        if version is not None:
+            log.info("continuing from the checkpoint of version %d", version)
         return trainer
 
     def _save_model(self) -> None:

@@ -15,7 +15,7 @@ import copy
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import ConfigError, RecordError, RunError, StorageError
 from shoal.learner.batch import StepSummary, assemble, fits
 from shoal.learner.checkpoint import Checkpoint
-from shoal.learner.forward import prepare, response_logprobs
+from shoal.learner.forward import Policy, prepare
 from shoal.learner.loading import no_progress_bars
-from shoal.learner.lora import adapters_off, add_adapters, merged_tensors
+from shoal.learner.lora import adapters_off, add_adapters, merged_by_name, merged_tensors
 from shoal.learner.losses.common import LossOutput, RatioStats, TokenInputs
 from shoal.learner.losses.custom import custom_loss, find_loss
 from shoal.learner.losses.grpo import grpo_loss
@@ -42,6 +42,9 @@ from shoal.learner.losses.gspo import gspo_loss
 from shoal.learner.losses.normalisation import Denominators, token_weights
 from shoal.learner.optimizer import MasterAdamW, OptimizerStep, learning_rate
 from shoal.learner.packing import MicroBatch, pack
+from shoal.learner.parts import own_part, parts_of, whole_parameters, whole_state
+from shoal.learner.ranks import Ranks
+from shoal.learner.sharding import deal, row_tokens, shard
 from shoal.protocol.episode import Episode
 
 StepMetrics = dict[str, float]
@@ -66,6 +69,15 @@ class PassResult:
     loss: float
     stats: RatioStats
 
+    def __add__(self, other: PassResult) -> PassResult:
+        return PassResult(self.loss + other.loss, self.stats + other.stats)
+
+    def over(self, ranks: Ranks) -> PassResult:
+        """What all ranks found together."""
+        found = ranks.gathered([self.loss, *astuple(self.stats)])
+        each = [PassResult(loss, RatioStats(int(tokens), *rest)) for loss, tokens, *rest in found]
+        return sum(each[1:], each[0])
+
 
 class Trainer:
     """A policy and its optimizer.
@@ -77,6 +89,8 @@ class Trainer:
         max_response_tokens: the constant of the `dr_grpo` normalisation; needed for that one only.
         version: the policy version that `model` is.
         tokenizer: the model's; needed where episodes are constrained by grammars.
+        ranks: the processes that share the work, each with a part of the weights; all call the same methods with the
+            same arguments (`leading`, `following`).
 
     Raises:
         ModelError: the model's type can't be trained here.
@@ -92,6 +106,7 @@ class Trainer:
         max_response_tokens: int = 0,
         version: int = 0,
         tokenizer: Tokenizer | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         prepare(model)
         if settings.loss.normalisation == "dr_grpo" and max_response_tokens < 1:
@@ -101,20 +116,27 @@ class Trainer:
         if isinstance(settings.loss, CustomLoss):
             find_loss(settings.loss.function)  # before the first batch is waited for
         self.model = model
+        self.dtype: torch.dtype = model.dtype
+        """What is computed in, and published."""
         self.settings = settings
+        self._ranks = ranks
         self._total_steps = total_steps
         self.version = version
         self._max_response_tokens = max_response_tokens
         self._tokenizer = tokenizer
-        self._reference: PreTrainedModel | None = None
+        self._policy = Policy(model)
+        self._reference: Policy | None = None
         if settings.lora is not None:
             add_adapters(model, settings.lora)
         elif settings.loss.kl_beta > 0:
-            self._reference = copy.deepcopy(model).requires_grad_(False)
+            self._reference = Policy(copy.deepcopy(model).requires_grad_(False))
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
             if settings.lora is not None:
                 model.enable_input_require_grads()
+        self._dtypes = {name: parameter.dtype for name, parameter in self.trainable().items()}
+        if ranks is not None:
+            self._split(ranks)
         self.optimizer = MasterAdamW(
             self.trainable(),
             betas=settings.betas,
@@ -122,7 +144,15 @@ class Trainer:
             weight_decay=settings.weight_decay,
             grad_clip=settings.grad_clip,
             kind=settings.optimizer,
+            total_norm=float if ranks is None else ranks.norm,
         )
+
+    def _split(self, ranks: Ranks) -> None:
+        """Leave this process its part of the weights; those that are trained become fp32."""
+        for parameter in self.trainable().values():
+            parameter.data = parameter.data.float()
+        for policy in filter(None, (self._policy, self._reference)):
+            shard(policy, ranks, self.dtype)
 
     def _learning_rate(self) -> float:
         settings = self.settings
@@ -155,8 +185,11 @@ class Trainer:
         usable = [e for e in episodes if fits(e, config.vocab_size, config.max_position_embeddings) and self._allows(e)]
         kept, summary = assemble(usable, self.settings.advantage, skip=self.settings.skip_zero_advantage)
         denominators = Denominators(summary.num_episodes, summary.num_tokens, self._max_response_tokens)
-        rows = tuple(pack(kept, self.settings.microbatch_tokens))
-        return StepBatch(rows, denominators, summary, len(episodes) - len(usable))
+        rows = pack(kept, self.settings.microbatch_tokens)
+        if self._ranks is not None and len(rows) < self._ranks.size:
+            total = sum(len(row.input_ids) for row in rows)
+            rows = pack(kept, row_tokens(total, self._ranks.size, self.settings.microbatch_tokens))
+        return StepBatch(tuple(rows), denominators, summary, len(episodes) - len(usable))
 
     @cached_property
     def _grammars(self) -> Grammars:
@@ -183,18 +216,27 @@ class Trainer:
         return rows
 
     def forward_backward(self, batch: StepBatch) -> PassResult:
-        """Add the gradients of the step's loss to the optimizer's; stops at the first loss that is not finite."""
+        """Add the gradients of the step's loss to the optimizer's; stops at the first loss that is not finite.
+
+        Of several ranks each computes its rows, to the end in any case: the others wait for it in every pass.
+        """
         self.model.train()
         result = PassResult(0.0, RatioStats())
-        for micro in batch.micro_batches:
+        ranks = self._ranks
+        dealt = [(micro, True) for micro in batch.micro_batches]
+        for micro, counts in dealt if ranks is None else deal(batch.micro_batches, ranks.rank, ranks.size):
             output = self._loss(micro, batch.denominators)
             loss = float(output.loss.detach())
-            result = PassResult(result.loss + loss, result.stats + output.stats)
-            if not math.isfinite(loss):
-                self.optimizer.zero_grad()
+            if counts:
+                result += PassResult(loss, output.stats)
+            if ranks is None and not math.isfinite(loss):
                 break
-            output.loss.backward()
+            (output.loss if counts else 0.0 * output.loss).backward()
             self.optimizer.accumulate()
+        if ranks is not None:
+            result = result.over(ranks)
+        if not math.isfinite(result.loss):
+            self.optimizer.zero_grad()
         return result
 
     def optim_step(self) -> OptimizerStep:
@@ -207,24 +249,25 @@ class Trainer:
     def _loss(self, micro: MicroBatch, denominators: Denominators) -> LossOutput:
         settings = self.settings.loss
         allowed = self._allowed(micro)
-        logprobs, entropy = response_logprobs(
-            self.model, micro, allowed=allowed, recompute=self.settings.gradient_checkpointing
-        )
+        # The reference first: a pass between another and its gradient would gather and drop what that one still needs.
+        reference = self._reference_logprobs(micro, allowed) if settings.kl_beta > 0 else None
+        logprobs, entropy = self._policy(micro, allowed, self.settings.gradient_checkpointing)
         weights = token_weights(settings.normalisation, micro.lengths, denominators)
 
         def on_device(array: np.ndarray[Any, Any]) -> Tensor:
             return torch.from_numpy(array).to(logprobs.device)
 
+        behaviour = on_device(micro.behaviour).float()
         inputs = TokenInputs(
             logprobs=logprobs,
-            behaviour=on_device(micro.behaviour).float(),
+            # Nobody drew an expert's tokens: π itself stands for μ, and their ratio is 1 with its gradient.
+            behaviour=torch.where(behaviour.isnan(), logprobs.detach(), behaviour),
             advantages=on_device(micro.advantages).float(),
             weights=on_device(weights).float(),
             sequence=on_device(micro.sequence),
             num_sequences=len(micro.members),
+            reference=reference,
         )
-        if settings.kl_beta > 0:
-            inputs = replace(inputs, reference=self._reference_logprobs(micro, allowed))
         if isinstance(settings, CustomLoss):
             return custom_loss(inputs, settings, entropy)
         if isinstance(settings, GspoLoss):
@@ -234,10 +277,11 @@ class Trainer:
     @torch.no_grad()
     def _reference_logprobs(self, micro: MicroBatch, allowed: NDArray[np.uint8] | None) -> Tensor:
         if self._reference is not None:
-            return response_logprobs(self._reference, micro, allowed=allowed)[0]
+            logprobs: Tensor = self._reference(micro, allowed)[0]
+            return logprobs
         self.model.eval()
         with adapters_off(self.model):
-            logprobs = response_logprobs(self.model, micro, allowed=allowed)[0]
+            logprobs = self._policy(micro, allowed)[0]
         self.model.train()
         return logprobs
 
@@ -278,14 +322,29 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """The policy by state-dict names, adapters merged, tied weights once, in the model's dtype.
 
-        Without LoRA these are the live weights: copy or encode them before the next step.
+        Without LoRA these are the live weights: copy or encode them before the next step. Of several ranks the leader
+        gets them, whole.
         """
-        return merged_tensors(self.model)
+        if self._ranks is None:
+            return merged_tensors(self.model)
+        everything = dict(self.model.named_parameters())
+        found = whole_parameters(everything, dict.fromkeys(everything, self.dtype), self._ranks)
+        return found if self.settings.lora is None else merged_by_name(found, self.settings.lora)
+
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters being trained, by name, whole; of several ranks for the leader."""
+        return whole_parameters(self.trainable(), self._dtypes, self._ranks)
 
     def checkpoint(self, extra: Mapping[str, bytes] | None = None) -> Checkpoint:
-        """All that `restore` needs, as live tensors: save it before the next step. `extra` are the caller's files."""
-        weights = {name: parameter.detach() for name, parameter in self.trainable().items()}
-        return Checkpoint(self.version, weights, self.optimizer.state_dict(), extra=extra or {})
+        """All that `restore` needs, as live tensors: save it before the next step. `extra` are the caller's files.
+
+        Several ranks make what one process would, and one can go on from it, or any number; the leader gets it.
+        """
+        weights = whole_parameters(self.trainable(), self._dtypes, self._ranks)
+        state = self.optimizer.state_dict()
+        if self._ranks is not None:
+            state = whole_state(state, self.trainable(), self._dtypes, self._ranks)
+        return Checkpoint(self.version, weights, state, extra=extra or {})
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -300,12 +359,15 @@ class Trainer:
             raise StorageError(
                 "the checkpoint is of another model, or of other LoRA settings.", "Resume with the run's own settings."
             )
+        weights, state = checkpoint.weights, checkpoint.optimizer
+        if self._ranks is not None:
+            weights, state = parts_of(checkpoint, self._ranks)
         try:
-            self.optimizer.load_state_dict(checkpoint.optimizer)
+            self.optimizer.load_state_dict(state)
         except RecordError as error:
             raise StorageError(f"the checkpoint does not fit: {error}", "Resume with the run's own settings.") from None
         for name, parameter in own.items():
-            parameter.copy_(checkpoint.weights[name])
+            own_part(parameter).copy_(weights[name])
         self.version = checkpoint.version
         checkpoint.random.restore()
 
@@ -314,7 +376,7 @@ class Trainer:
         # A second, empty body takes the tensors as they are: nothing is initialised, and no random number is drawn.
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(
-                copy.deepcopy(self.model.config), dtype=self.model.dtype, attn_implementation="sdpa"
+                copy.deepcopy(self.model.config), dtype=self.dtype, attn_implementation="sdpa"
             )
         own = {name: value.cpu() for name, value in self.tensors().items()}
         plain.load_state_dict(own, strict=False, assign=True)

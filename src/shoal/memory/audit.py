@@ -1,7 +1,8 @@
 """Recomputing what was decided from the trials that are kept: here, or by whoever holds the same events.
 
 Invariants: nothing is recorded and nobody is asked; a decision holds only if the trials that came before it give its
-numbers and its verdict by the same policy, or, where it follows from earlier decisions, if its weight is within theirs.
+numbers and its verdict by the same policy, each signed by the node that is said to have run it; or, where it follows
+from earlier decisions, if its weight is within theirs.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from shoal.errors import RecordError
 from shoal.memory.admission import AdmissionPolicy, decide, discovery_level, evidence, gain
 from shoal.memory.controller import TRANSFER
 from shoal.memory.events import Decided, Event, Tried
+from shoal.memory.signing import ForgedEvent, check_trial
 from shoal.memory.store import Store
 
 AUDIT_TOLERANCE = 1e-9
@@ -30,12 +32,18 @@ def audit(store: Store, policy: AdmissionPolicy, event: Event) -> str:
         return "its entry is not known here"
     if body.members:
         return _audit_following(store, policy, body, event)
-    earlier = (
-        other.body.trial
+    earlier = [
+        other.body
         for other in store.history(memory)
         if isinstance(other.body, Tried) and other.body.entry == body.entry and other.order < event.order
-    )
-    trials, num_leaks = evidence(memory.entry, earlier)
+    ]
+    for tried in earlier:
+        if tried.runner:
+            try:
+                check_trial(tried.entry, tried.trial, tried.runner, tried.signature)
+            except ForgedEvent as error:
+                return error.problem
+    trials, num_leaks = evidence(memory.entry, (tried.trial for tried in earlier))
     level = discovery_level(body.candidate, body.discoveries, policy.false_discovery_rate)
     gains = [gain(trial, policy) for trial in trials]
     found = decide(gains, level=level, policy=policy, num_leaks=num_leaks)

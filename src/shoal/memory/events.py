@@ -17,6 +17,7 @@ from typing import Literal
 from shoal.errors import RecordError
 from shoal.memory.records import Context, Entry, Trial, check_hash, check_name, content_hash, settle_floats
 from shoal.protocol.codec import Record
+from shoal.protocol.roster import KEY_BYTES, SIGNATURE_BYTES
 
 MAX_TARGETS = 4096
 MAX_TIME_US = 1 << 60
@@ -59,10 +60,16 @@ class Tried(Body, frozen=True, tag="tried"):
 
     entry: str
     trial: Trial
+    runner: bytes = b""
+    """Public key of the node that ran it; empty where the recording node did."""
+    signature: bytes = b""
+    """The runner's (`signing.check_trial`)."""
 
     def check(self) -> None:
         check_hash(self.entry, "an entry's id")
         self.trial.check()
+        if (len(self.runner), len(self.signature)) not in ((0, 0), (KEY_BYTES, SIGNATURE_BYTES)):
+            raise RecordError("a trial's runner or signature has the wrong length.")
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -98,6 +105,26 @@ class Decided(Body, frozen=True, tag="decided"):
             raise RecordError("a decision's weight is not in 0..1, or its evidence not finite.")
         if self.candidate < 1 or self.discoveries < 0 or self.num_trials < 0:
             raise RecordError("a decision's numbers are out of range.")
+
+    @property
+    def entries(self) -> tuple[str, ...]:
+        return (self.entry,)
+
+
+class Vouched(Body, frozen=True, tag="vouched"):
+    """The recording node has replayed an admission of somebody's, and stands by it."""
+
+    entry: str
+    admission: str
+    """Id of the decision; another one for the same entry is not vouched for by this."""
+    num_trials: int
+    """Replays that the node made for it."""
+
+    def check(self) -> None:
+        check_hash(self.entry, "an entry's id")
+        check_hash(self.admission, "an event's id")
+        if self.num_trials < 0:
+            raise RecordError("a node vouches with fewer than no trials.")
 
     @property
     def entries(self) -> tuple[str, ...]:
@@ -196,7 +223,7 @@ class Undone(Body, frozen=True, tag="undone"):
             check_hash(target, "an event's id")
 
 
-AnyBody = Noted | Added | Tried | Decided | Used | Faded | Merged | Removed | Erased | Undone
+AnyBody = Noted | Added | Tried | Decided | Vouched | Used | Faded | Merged | Removed | Erased | Undone
 
 
 class Event(Record, frozen=True, dict=True):

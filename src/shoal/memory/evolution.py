@@ -42,8 +42,8 @@ PROMOTE_AT = math.log(100)
 HALF_LIFE_S = 30 * 86400.0
 """A memory that nobody uses loses half of its weight in this time."""
 
-RULES = "1"
-"""Changes with any constant above: stores that fold by other rules are not merged."""
+RULES = "2"
+"""Changes with any constant above and with what a memory holds: stores that fold by other rules are not merged."""
 
 
 @dataclass(frozen=True, slots=True)

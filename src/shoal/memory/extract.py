@@ -1,6 +1,6 @@
 """From contexts to candidates: what a finished run may teach, and why a candidate is refused before any replay.
 
-Rules: `worked_example` (a rewarded run's question and last act), `correction` (of two runs of one task, what the
+Rules: `worked_example` (a rewarded run's question and acts), `correction` (of two runs of one task, what the
 better one did where the worse one differed). Whoever has a model that can write insights calls `candidate` with its
 text. Everything passes `screen`.
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from shoal.memory.recall import NEXT_ACT
 from shoal.memory.records import MAX_ENTRY_CHARS, Context, Entry, Provenance, Rule
 from shoal.memory.screening import (
     RECALLED_CLOSE,
@@ -90,11 +91,12 @@ def screen(text: str, *, recalled: Iterable[str] = (), sibling_answers: Iterable
 
 
 def worked_example(context: Context, *, node: str = "") -> Entry | Refusal:
-    """What was asked and the act that earned the reward."""
+    """What was asked and the acts that earned the reward."""
     if context.reward < MIN_REWARD or not context.actions:
         return Refusal("not rewarded", "")
     asked = next((m.content for m in reversed(context.messages) if m.role == "user"), "")
-    text = f"Task: {without_recalled(asked)}\nWhat worked: {without_recalled(context.actions[-1])}"
+    acts = NEXT_ACT.join(without_recalled(act) for act in context.actions)
+    text = f"Task: {without_recalled(asked)}\nWhat worked: {acts}"
     return candidate(text, context, "worked_example", node=node)
 
 

@@ -10,18 +10,14 @@ active, in scope and not expired is retrieved; recalled text is never written do
 
 from __future__ import annotations
 
-import math
-import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
 from shoal.errors import ConfigError, RecordError
+from shoal.fabric.identity import Identity
 from shoal.memory.abstraction import abstract
 from shoal.memory.admission import AdmissionPolicy, Decision, decide, discovery_level, evidence, gain
 from shoal.memory.audit import audit, false_claims
@@ -39,40 +35,21 @@ from shoal.memory.events import (
     Tried,
     Undone,
     Used,
+    Vouched,
 )
-from shoal.memory.evolution import HALF_LIFE_S
 from shoal.memory.extract import same_words, screen
-from shoal.memory.index import VectorIndex
 from shoal.memory.recall import CountTokens, Recall, compose
 from shoal.memory.records import Context, Entry, Scope, Trial
+from shoal.memory.retrieval import Found, Retrieval
+from shoal.memory.signing import SignedEvent, SignedTrial, check_trial
 from shoal.memory.state import Memory
 from shoal.memory.store import Store
 
+RECALL_SHARE = 0.6
+"""A memory is shown with the best one for a question only if it scores this share of it."""
+
 RECENT_USES = 256
 """f_use is an entry's share of this many latest uses."""
-
-REFERENCE_US = 1_767_225_600 * 10**6
-"""Weights in the index are as of this time (2026): with one half-life for all, ageing changes no order."""
-
-NEIGHBOURS = 8
-"""Nearest memories that a new one is compared with."""
-
-SCOPED_EXTRA = 4
-"""A search that is held to a scope or family scores this many times the vectors."""
-
-
-@dataclass(frozen=True)
-class Found:
-    """One answer of a search."""
-
-    memory: Memory
-    similarity: float
-    weight: float
-
-    @property
-    def score(self) -> float:
-        """s(q, m) = sim(q, m) * w(m)."""
-        return self.similarity * self.weight
 
 
 class Keeper:
@@ -81,25 +58,26 @@ class Keeper:
     def __init__(
         self,
         folder: Path,
-        node: str,
+        node: str | Identity,
         *,
         embedder: Embedder | None = None,
         policy: AdmissionPolicy | None = None,
         budget: Budget | None = None,
+        vouched_only: bool = False,
     ) -> None:
+        """
+        Args:
+            node: whose memories these are; with an identity their events are signed, and can be shared.
+            vouched_only: show what other nodes admitted only once this one has replayed it (`verifying`).
+        """
         self.embedder = embedder or HashedEmbedder(DIMENSIONS)
         self.policy, self.budget = policy or AdmissionPolicy(), budget or Budget()
         self.store = Store(folder / "memory.db", node)
-        self.store.use_vectors_of(self.embedder.name)
-        self._index_folder = folder / f"index-{self.embedder.name}"
-        loaded = VectorIndex.load(self._index_folder, self.embedder.dimensions)
-        ahead = loaded is not None and loaded.position > self.store.position
-        self.index = VectorIndex(self.embedder.dimensions) if loaded is None or ahead else loaded
+        self.retrieval = Retrieval(self.store, self.embedder, folder, vouched_only=vouched_only)
         self._recent: deque[str] = deque(maxlen=RECENT_USES)
         self._shares: Counter[str] = Counter()
         self._used_since: Counter[str] = Counter()
         """Uses by memory since the last upkeep that found enough of them to judge by."""
-        self._follow()
 
     def close(self) -> None:
         self.store.close()
@@ -131,23 +109,28 @@ class Keeper:
         if known is not None:
             return known
         self._record(Added(entry=entry))
-        return self._memory(entry.id)
+        return self.memory(entry.id)
 
-    def report(self, entry: str, trials: Sequence[Trial]) -> Decision:
+    def report(self, entry: str, trials: Sequence[Trial | SignedTrial]) -> Decision:
         """Take in trials of a candidate, however many came back together, and decide if the evidence allows it.
 
+        Args:
+            trials: of this node's own, or signed by the nodes that ran them.
+
         Raises:
-            RecordError: there is no such entry, or a trial breaks a bound; none was taken in.
+            RecordError: there is no such entry, a trial breaks a bound or is forged; none was taken in.
         """
-        memory = self._memory(entry)
-        for trial in trials:
-            trial.check()
-            gain(trial, self.policy)
+        memory = self.memory(entry)
         known = self.store.trials(memory)
-        fresh = {trial.id: trial for trial in trials if trial.id not in known}
+        fresh: dict[str, Tried] = {}
+        for one in trials:
+            tried = _tried(entry, one)
+            gain(tried.trial, self.policy)
+            if tried.trial.id not in known:
+                fresh.setdefault(tried.trial.id, tried)
         if fresh:
-            self._record(*(Tried(entry=entry, trial=trial) for trial in fresh.values()))
-        decision = self.judge(memory, [*known.values(), *fresh.values()])
+            self._record(*fresh.values())
+        decision = self.judge(memory, [*known.values(), *(tried.trial for tried in fresh.values())])
         if memory.status == "candidate" and decision.verdict != "continue":
             self._close_admission(memory, decision)
         return decision
@@ -177,6 +160,11 @@ class Keeper:
             undone += false
         return undone
 
+    def vouch(self, entry: str, num_trials: int) -> None:
+        """Stand by the admission of a memory that this node has replayed: from now on it is shown here."""
+        memory = self.memory(entry)
+        self._record(Vouched(entry=memory.id, admission=memory.admission, num_trials=num_trials))
+
     def _close_admission(self, memory: Memory, decision: Decision) -> None:
         accepted = decision.verdict == "accept"
         weight = max(0.0, decision.mean) if accepted else 0.0
@@ -205,14 +193,14 @@ class Keeper:
         if form is None or self.store.memory(form.id) is not None:
             return
         self._record(Added(entry=form))
-        twin = self._memory(form.id)
+        twin = self.memory(form.id)
         room = make_room(list(self.store.memories("active")), twin, TRANSFER * weight, self.budget, _now_us())
         if room is not None:
             self._record(*room, self._follows(twin, TRANSFER * weight, "abstract form", (memory.id,)))
 
     def diffuse(self, entry: str, family: str) -> Memory | None:
         """The abstract form of a memory as a candidate in another family, where it must earn evidence of its own."""
-        form = abstract(self._memory(entry).entry, family)
+        form = abstract(self.memory(entry).entry, family)
         return None if form is None else self.add(form)
 
     def _follows(self, memory: Memory, weight: float, reason: str, members: tuple[str, ...]) -> Decided:
@@ -237,22 +225,7 @@ class Keeper:
             family: of one environment only; empty for all.
             scope: who asks: entries of other users, agents or runs are not shown to it. None shows everything.
         """
-        if not self.index:
-            return []
-        vector = self.embedder.embed([query])[0]
-        allowed, scan = None, self.index.scan
-        if family or scope is not None:
-            shown = self.store.visible(family, scope)
-            allowed = np.zeros(max(shown, default=-1) + 1, np.bool_)
-            allowed[shown] = True
-            scan *= SCOPED_EXTRA
-        now_us = _now_us()
-        found: list[Found] = []
-        for number, product in self.index.search(vector, k, allowed=allowed, scan=scan):
-            memory = self.store.by_number(number)
-            if memory is not None and (weight := memory.weight_at(now_us)) > 0:
-                found.append(Found(memory, product / _indexed_weight(memory), weight))
-        return found
+        return self.retrieval.search(query, k, family=family, scope=scope)
 
     def recall(
         self,
@@ -263,9 +236,18 @@ class Keeper:
         k: int = 5,
         family: str = "",
         scope: Scope | None = None,
+        likeness: float = 0.0,
     ) -> Recall:
-        """A block for a prompt: at most `k` memories within `max_tokens`, marked as recalled data."""
-        found = self.search(query, k, family=family, scope=scope)
+        """A block for a prompt: at most `k` memories within `max_tokens`, marked as recalled data.
+
+        What scores far below the best is about something else, and left out.
+
+        Args:
+            likeness: memories less similar to the query than this are left out, too; what it should be depends on the
+                embedder (for the hashing one, what is about something else lies below about 0.4).
+        """
+        found = [one for one in self.search(query, k, family=family, scope=scope) if one.similarity >= likeness]
+        found = [item for item in found if item.score >= RECALL_SHARE * found[0].score]
         return compose([item.memory.entry for item in found], max_tokens=max_tokens, count_tokens=count_tokens)
 
     def used(self, entries: Sequence[str], utility: float) -> None:
@@ -285,9 +267,7 @@ class Keeper:
     def maintain(self) -> int:
         """Merge what says the same, fade what is passed over, prune, and save the index; gives the changes."""
         changes = self._merge_alike() + self._fade() + self._enforce_budget()
-        if self.index.wants_training:
-            self.index.train()
-        self.index.save(self._index_folder)
+        self.retrieval.save()
         return changes
 
     def _merge_alike(self) -> int:
@@ -296,7 +276,7 @@ class Keeper:
             current = self.store.memory(memory.id)
             if current is None or current.id != memory.id or current.status != "active":
                 continue
-            for other, similarity in self._neighbours(memory.entry):
+            for other, similarity in self.retrieval.neighbours(memory.entry):
                 if may_merge(current, other, similarity):
                     self._merge(current, other)
                     done += 1
@@ -307,7 +287,7 @@ class Keeper:
         """One memory of two, its weight made anew from the union of their trials, each counted once."""
         pooled = {**self.store.trials(first), **self.store.trials(second)}
         self._record(merge(first, second))
-        memory = self._memory(first.id)
+        memory = self.memory(first.id)
         gains = [gain(t, self.policy) for t in evidence(memory.entry, pooled.values())[0]]
         mean = sum(gains) / len(gains) if gains else max(first.weight, second.weight)
         # Use has said more since: pooling may not lift a weight above what use left of both.
@@ -331,14 +311,14 @@ class Keeper:
 
     def remove(self, entry: str) -> None:
         """Take a memory out of retrieval, by hand."""
-        self._record(Removed(entry=self._memory(entry).id, reason="by hand"))
+        self._record(Removed(entry=self.memory(entry).id, reason="by hand"))
 
     def forget_user(self, user: str) -> None:
         """Erase everything in a user's scope, its text on disk too; this cannot be undone."""
         if not user:
             raise ConfigError("no user was named.", "What belongs to nobody in particular is removed entry by entry.")
         self._record(Erased(user=user))
-        self._index_anew()
+        self.retrieval.anew()
 
     def undo(self, event_ids: Sequence[str]) -> None:
         """Let events count as if they had never happened, and then keep the budget."""
@@ -350,72 +330,48 @@ class Keeper:
         """Go back to the state after event number `position`, by undoing all that came later; undoable itself."""
         self.undo(self.store.ids_since(position))
 
-    def receive(self, events: Iterable[Event]) -> int:
+    def receive(self, events: Iterable[Event | SignedEvent]) -> int:
         """Take in another node's events; gives how many were new."""
         brought = list(events)
         new = self.store.append(brought)
-        self._follow()
-        if any(isinstance(event.body, Erased) for event in brought):
-            self._index_anew()
+        self.retrieval.follow()
+        bodies = [one.event.body if isinstance(one, SignedEvent) else one.body for one in brought]
+        if any(isinstance(body, Erased) for body in bodies):
+            self.retrieval.anew()
         self._enforce_budget()
         return new
 
     # -- within
 
-    def _memory(self, entry: str) -> Memory:
+    def memory(self, entry: str) -> Memory:
+        """The memory that holds an entry; raises `RecordError` where there is none."""
         memory = self.store.memory(entry)
         if memory is None:
             raise RecordError(f"there is no memory {entry[:40]!r}.", "`shoal memory list` shows those there are.")
         return memory
 
     def _same(self, entry: Entry) -> Memory | None:
-        for other, _ in self._neighbours(entry):
+        for other, _ in self.retrieval.neighbours(entry):
             alike = (other.entry.family, other.entry.scope) == (entry.family, entry.scope)
             if alike and other.status in ("candidate", "active") and same_words(other.entry.text, entry.text):
                 return other
         return None
 
-    def _neighbours(self, entry: Entry) -> list[tuple[Memory, float]]:
-        """The likeliest duplicates of an entry among active memories, with their similarity."""
-        vector = self.embedder.embed([entry.text])[0]
-        found = []
-        for number, product in self.index.search(vector, NEIGHBOURS):
-            memory = self.store.by_number(number)
-            if memory is not None and memory.id != entry.id:
-                found.append((memory, product / _indexed_weight(memory)))
-        return found
-
     def _record(self, *bodies: AnyBody) -> None:
         self.store.record(*bodies)
-        self._follow()
-
-    def _index_anew(self) -> None:
-        """Forget the index, in memory and on disk: a vector tells of the text that it was made of."""
-        shutil.rmtree(self._index_folder, ignore_errors=True)
-        self.index = VectorIndex(self.embedder.dimensions)
-        self._follow()
-
-    def _follow(self) -> None:
-        """Bring the index level with the store."""
-        for number, entry, memory, kept in list(self.store.numbers(self.index.position)):
-            weight = _indexed_weight(memory) if memory is not None and memory.status == "active" else 0.0
-            if number in self.index:
-                self.index.set_weight(number, weight)
-            elif memory is not None and weight > 0:
-                vector = np.frombuffer(kept, "<f4") if kept else self.embedder.embed([memory.entry.text])[0]
-                if len(vector) != self.embedder.dimensions:
-                    vector, kept = self.embedder.embed([memory.entry.text])[0], None
-                if not kept:
-                    self.store.set_vector(entry, vector)
-                self.index.add(number, vector, weight)
-        self.index.position = self.store.position
+        self.retrieval.follow()
 
 
 def _now_us() -> int:
     return time.time_ns() // 1000
 
 
-def _indexed_weight(memory: Memory) -> float:
-    """w as of `REFERENCE_US`, so that products compare whenever they are asked for."""
-    since_s = (max(memory.created_us, memory.last_used_us) - REFERENCE_US) / 1e6
-    return memory.weight * math.exp2(min(100.0, max(-100.0, since_s / HALF_LIFE_S)))
+def _tried(entry: str, trial: Trial | SignedTrial) -> Tried:
+    """The event that a trial of an entry is, its signature checked where it has one."""
+    if isinstance(trial, Trial):
+        tried = Tried(entry=entry, trial=trial)
+    else:
+        check_trial(entry, trial.trial, trial.signer, trial.signature)
+        tried = Tried(entry=entry, trial=trial.trial, runner=trial.signer, signature=trial.signature)
+    tried.check()
+    return tried

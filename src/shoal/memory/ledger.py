@@ -11,6 +11,7 @@ here runs inside the caller's transaction.
 from __future__ import annotations
 
 import json
+import secrets
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from pathlib import Path
 from shoal.errors import StorageError
 from shoal.memory.events import Added, Erased, Event, Noted, Undone
 from shoal.memory.evolution import RULES
+from shoal.memory.signing import SignedEvent
 from shoal.protocol.codec import decode, encode
 
 BUSY_S = 10.0
@@ -28,12 +30,14 @@ SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE events (
     position INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, at_us INTEGER NOT NULL, node TEXT NOT NULL,
-    kind TEXT NOT NULL, void INTEGER NOT NULL DEFAULT 0, body BLOB);
+    kind TEXT NOT NULL, void INTEGER NOT NULL DEFAULT 0, body BLOB, signer BLOB, signature BLOB);
 CREATE INDEX events_by_time ON events (at_us);
 CREATE INDEX events_by_kind ON events (kind, position) WHERE kind IN ('erased', 'decided');
 CREATE TABLE touches (entry TEXT NOT NULL, position INTEGER NOT NULL, PRIMARY KEY (entry, position)) WITHOUT ROWID;
+CREATE INDEX touches_by_position ON touches (position);
 CREATE TABLE undoes (target TEXT NOT NULL, position INTEGER NOT NULL, PRIMARY KEY (target, position)) WITHOUT ROWID;
 CREATE TABLE contexts (id TEXT PRIMARY KEY, position INTEGER NOT NULL, user TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX contexts_by_position ON contexts (position);
 CREATE TABLE owners (entry TEXT PRIMARY KEY, user TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE memories (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, representative TEXT NOT NULL,
@@ -76,6 +80,7 @@ class Ledger:
                 for statement in SCHEMA.split(";"):
                     self.db.execute(statement)
                 self.db.execute("INSERT INTO meta VALUES ('rules', ?)", (RULES,))
+                self.db.execute("INSERT INTO meta VALUES ('store', ?)", (secrets.token_hex(8),))
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -98,14 +103,15 @@ class Ledger:
                 f"the memory store {self.path} cannot be written: {error}.", "Make room, or end its other user."
             ) from None
 
-    def insert(self, event: Event) -> set[str] | None:
+    def insert(self, event: Event, signer: bytes = b"", signature: bytes = b"") -> set[str] | None:
         """Add an event with its marks; gives the entries whose events in force changed by it, None if it was known.
 
         Those that it touches itself are not among them.
         """
         body = event.body
-        row = (event.id, event.at_us, event.node, type(body).__name__.lower(), encode(event))
-        made = self.db.execute("INSERT OR IGNORE INTO events (id, at_us, node, kind, body) VALUES (?, ?, ?, ?, ?)", row)
+        row = (event.id, event.at_us, event.node, type(body).__name__.lower(), encode(event), signer, signature)
+        columns = "id, at_us, node, kind, body, signer, signature"
+        made = self.db.execute(f"INSERT OR IGNORE INTO events ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
         if not made.rowcount:
             return None
         position = made.lastrowid
@@ -170,6 +176,38 @@ class Ledger:
         query = "SELECT position, body FROM events WHERE position > ? ORDER BY position LIMIT ?"
         rows = self.db.execute(query, (position, limit)).fetchall()
         return [self.read(data) for _, data in rows if data is not None], rows[-1][0] if rows else position
+
+    def shared_since(self, position: int, limit: int, max_bytes: int) -> tuple[list[SignedEvent], int]:
+        """Signed events after `position` that others may have, a page of them, and the position to go on from.
+
+        Not among them: what touches a user's entries or is a user's context, what nobody signed, and single events
+        of more than `max_bytes`.
+        """
+        query = (
+            "SELECT position, body, signer, signature, "
+            "EXISTS (SELECT 1 FROM touches JOIN owners USING (entry) "
+            "WHERE touches.position = events.position AND user != '') "
+            "OR EXISTS (SELECT 1 FROM contexts WHERE contexts.position = events.position AND user != '') "
+            "FROM events WHERE position > ? ORDER BY position LIMIT ?"
+        )
+        found: list[SignedEvent] = []
+        room = max_bytes
+        for number, data, signer, signature, private in self.db.execute(query, (position, limit)).fetchall():
+            if data is not None and signature and not private and len(data) <= max_bytes:
+                event = self.read(data)
+                if not isinstance(event.body, Erased):
+                    if len(data) > room:
+                        break
+                    room -= len(data)
+                    found.append(SignedEvent(event=event, signer=signer, signature=signature))
+            position = number
+        return found, position
+
+    @property
+    def name(self) -> str:
+        """What tells this file from every other store: positions mean nothing in another one."""
+        found: str = self.db.execute("SELECT value FROM meta WHERE key = 'store'").fetchone()[0]
+        return found
 
     def ids_since(self, position: int) -> list[str]:
         """Ids of the events appended after `position`, in order of arrival."""

@@ -18,6 +18,7 @@ from shoal.errors import RecordError
 from shoal.protocol.chat import Message
 from shoal.protocol.codec import Record
 from shoal.protocol.episode import MAX_TURNS, Task
+from shoal.protocol.sampling import MAX_PROMPT_TOKENS, SamplingParams
 
 HASH_CHARS = 40
 """160 bits of BLAKE3, in hexadecimal."""
@@ -118,6 +119,18 @@ def tool_call_hash(tool: str, arguments: dict[str, Any]) -> str:
     return content_hash("call", (tool, arguments))
 
 
+class World(Record, frozen=True):
+    """An environment by its type and settings, so that every node makes the same one."""
+
+    kind: str
+    """A short name or import path (`envs.registry`)."""
+    settings: dict[str, Any] = {}
+
+    def check(self) -> None:
+        check_name(self.kind, "an environment's type", optional=False)
+        check_finite(self.settings, "an environment's settings")
+
+
 class Context(Record, frozen=True, kw_only=True, dict=True):
     """One run, packed so that it can be replayed anywhere without asking anybody."""
 
@@ -130,11 +143,19 @@ class Context(Record, frozen=True, kw_only=True, dict=True):
     tool_results: tuple[ToolResult, ...] = ()
     recalled: tuple[str, ...] = ()
     """Texts of the memories that the agent was shown; nothing is extracted from them again."""
+    world: World | None = None
+    """The environment, as any node can make it; None for runs that had none."""
     model: str
     """Hash or name of the weights."""
     config: str
     """Hash of the configuration that sampled."""
     sampling_seed: int | None = None
+    params: SamplingParams | None = None
+    """How it was sampled; None where nobody will sample it again."""
+    context_tokens: int = 0
+    """The longest sequence it was given; 0 with `params` absent."""
+    outputs: str = ""
+    """Hash of the tokens drawn: a greedy fp32 replay on one build draws the same."""
     reward: float
     scope: Scope = Scope()
 
@@ -157,8 +178,13 @@ class Context(Record, frozen=True, kw_only=True, dict=True):
             raise RecordError(f"a context holds more than {MAX_CONTEXT_CHARS} characters.")
         check_name(self.model, "a model")
         check_name(self.config, "a configuration")
-        if not math.isfinite(self.reward):
-            raise RecordError("a context's reward is not finite.")
+        check_name(self.outputs, "the hash of what was drawn")
+        if self.world is not None:
+            self.world.check()
+        if self.params is not None:
+            self.params.check()
+        if not math.isfinite(self.reward) or not 0 <= self.context_tokens <= MAX_PROMPT_TOKENS:
+            raise RecordError("a context's reward is not finite, or its length is out of range.")
 
     @cached_property
     def id(self) -> str:
@@ -262,4 +288,9 @@ class Trial(Record, frozen=True, kw_only=True, dict=True):
     @cached_property
     def id(self) -> str:
         """Hash of what was run, not of how it ended: running it again adds no evidence."""
-        return content_hash("trial", (self.task, self.sampling_seed, self.model, self.config))
+        return trial_id(self.task, self.sampling_seed, self.model, self.config)
+
+
+def trial_id(task: Task, sampling_seed: int, model: str, config: str) -> str:
+    """The id that a trial will have, before it is run."""
+    return content_hash("trial", (task, sampling_seed, model, config))

@@ -18,7 +18,7 @@ from typing import Literal
 
 from msgspec.structs import replace
 
-from shoal.memory.events import Added, Decided, Erased, Event, Faded, Merged, Removed, Undone, Used
+from shoal.memory.events import Added, Decided, Erased, Event, Faded, Merged, Removed, Undone, Used, Vouched
 from shoal.memory.evolution import Standing, aged, evolve
 from shoal.memory.records import Entry
 from shoal.protocol.codec import Record
@@ -41,6 +41,10 @@ class Memory(Record, frozen=True, kw_only=True):
     loss: float = 0.0
     gain: float = 0.0
     """Log evidence that it harms, that it helps (`evolution`)."""
+    admission: str = ""
+    """Id of the decision by which it is, or last was, active."""
+    vouched: tuple[str, ...] = ()
+    """Nodes that admitted it by this decision or have replayed it since, sorted."""
     created_us: int
     last_used_us: int = 0
     last: tuple[int, str, str]
@@ -74,8 +78,11 @@ def step(memory: Memory | None, event: Event) -> Memory | None:
     if memory is None:
         return None
     memory = replace(memory, last=event.order)
-    if not isinstance(body, Decided | Used | Faded | Removed) or body.entry not in memory.members:
+    if not isinstance(body, Decided | Vouched | Used | Faded | Removed) or body.entry not in memory.members:
         return memory
+    if isinstance(body, Vouched):
+        known = body.admission == memory.admission
+        return replace(memory, vouched=tuple(sorted({*memory.vouched, event.node}))) if known else memory
     if isinstance(body, Used):
         return _used(memory, body, event.at_us)
     if isinstance(body, Faded):
@@ -84,7 +91,8 @@ def step(memory: Memory | None, event: Event) -> Memory | None:
         return replace(memory, status="removed", weight=0.0) if body.entry == memory.id else memory
     if body.accepted:
         # A fresh admission starts a fresh record of losses: replay has just shown that it helps.
-        return replace(memory, status="active", weight=body.weight, loss=0.0, gain=0.0)
+        made = replace(memory, status="active", weight=body.weight, loss=0.0, gain=0.0)
+        return replace(made, admission=event.id, vouched=(event.node,))
     return replace(memory, status="rejected", weight=0.0) if memory.status == "candidate" else memory
 
 

@@ -20,10 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shoal.errors import RecordError
+from shoal.fabric.identity import Identity
 from shoal.memory.admission import distinct
 from shoal.memory.events import Added, AnyBody, Decided, Erased, Event, Merged, Noted, Tried
 from shoal.memory.ledger import Ledger
 from shoal.memory.records import Context, Scope, Trial
+from shoal.memory.signing import SignedEvent, sign_event
 from shoal.memory.state import Memory, fold, fold_cluster, step
 from shoal.protocol.codec import decode, encode
 
@@ -34,13 +36,17 @@ MAX_SKEW_US = 3600 * 10**6
 class Store:
     """One node's memories. Close it, or use it as a context manager."""
 
-    def __init__(self, path: Path, node: str) -> None:
+    def __init__(self, path: Path, node: str | Identity) -> None:
         """Open the store at `path`, made on first use; events recorded here carry `node`'s name.
+
+        Args:
+            node: with an identity, events recorded here are signed, and can be shared with others.
 
         Raises:
             StorageError: the file cannot be used, is damaged, or folds by other rules.
         """
-        self.node = node
+        self._identity = node if isinstance(node, Identity) else None
+        self.node = node.node_id if isinstance(node, Identity) else node
         self._ledger = Ledger(path)
         self._db = self._ledger.db
         self._last_us: int = self._db.execute("SELECT coalesce(max(at_us), 0) FROM events").fetchone()[0]
@@ -62,32 +68,40 @@ class Store:
         for body in bodies:
             self._last_us = max(time.time_ns() // 1000, self._last_us + 1)
             events.append(Event(at_us=self._last_us, node=self.node, body=body))
-        self.append(events)
+        identity = self._identity
+        self.append(events if identity is None else [sign_event(identity, event) for event in events])
         return tuple(events)
 
-    def append(self, events: Iterable[Event]) -> int:
+    def append(self, events: Iterable[Event | SignedEvent]) -> int:
         """Add events, from here or from another node; gives how many were new. All or none.
+
+        A signature is kept beside its event and not verified here (`signing.verified`).
 
         Raises:
             RecordError: an event breaks a bound, or comes from too far in the future; nothing was added.
             StorageError: the disk is full or damaged.
         """
-        checked = list(events)
+        brought = list(events)
+        signed = {one.event.id: one for one in brought if isinstance(one, SignedEvent)}
+        checked = [one.event if isinstance(one, SignedEvent) else one for one in brought]
         latest = time.time_ns() // 1000 + MAX_SKEW_US
         for event in checked:
             event.check()
             if event.at_us > latest:
                 raise RecordError(f"an event of node {event.node[:40]!r} comes from more than an hour in the future.")
         with self._ledger.transaction():
-            added = sum(self._append_one(event) for event in sorted(checked, key=lambda e: e.order))
+            added = sum(
+                self._append_one(event, signed.get(event.id)) for event in sorted(checked, key=lambda e: e.order)
+            )
         self._last_us = max(self._last_us, *(event.at_us for event in checked), 0)
         if any(isinstance(event.body, Erased) for event in checked):
             # What was overwritten in the file must not live on in the log beside it.
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         return added
 
-    def _append_one(self, event: Event) -> bool:
-        stale = self._ledger.insert(event)
+    def _append_one(self, event: Event, signed: SignedEvent | None) -> bool:
+        proof = (signed.signer, signed.signature) if signed else ()
+        stale = self._ledger.insert(event, *proof)
         if stale is None:
             return False
         body = event.body
@@ -180,6 +194,15 @@ class Store:
     def events_since(self, position: int, limit: int = 1000) -> tuple[list[Event], int]:
         """Events appended after `position`, and the position to go on from; erased ones are passed over."""
         return self._ledger.events_since(position, limit)
+
+    def shared_since(self, position: int, limit: int, max_bytes: int) -> tuple[list[SignedEvent], int]:
+        """A page of what other nodes may have of the events after `position`, and the position to go on from."""
+        return self._ledger.shared_since(position, limit, max_bytes)
+
+    @property
+    def name(self) -> str:
+        """What tells this store from every other."""
+        return self._ledger.name
 
     def ids_since(self, position: int) -> list[str]:
         """Ids of the events appended after `position`, in order of arrival."""

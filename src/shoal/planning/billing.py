@@ -4,6 +4,9 @@
     per_hour    price · ⌈hours from acquisition to release⌉          a begun hour is paid, active or parked
     egress      dollars a byte, sent to it
 
+A machine billed by the hour that was lost, not given back, and is here again within the hour that it was paid for, goes
+on in that hour: its connection was cut, or its process ended, and it was ours all the time.
+
 Times are seconds on any one clock; a machine's times do not run backwards. Invariants: dollars never fall; what is
 booked for a machine is exactly its tariff applied to its history, however often it was asked; idle and active dollars
 add up to all of it.
@@ -31,6 +34,8 @@ class Account:
     active_since: float | None = None
     settled_usd: float = 0.0
     settled_active_usd: float = 0.0
+    left_hour: tuple[float, float, float] | None = None
+    """Of a machine billed by the hour that was lost: when it was acquired, when its paid hour ends, what it cost."""
     egress_usd: float = 0.0
 
     def rental_usd(self, now: float) -> float:
@@ -49,6 +54,16 @@ class Account:
             return 0.0
         return self._hours_begun(now) - (now - self.acquired_at) / HOUR_S
 
+    def acquire(self, now: float) -> None:
+        """It is ours, from now or from when its paid hour began."""
+        if self.acquired_at is not None:
+            return
+        self.acquired_at = now
+        if self.left_hour is not None and now < self.left_hour[1]:
+            self.acquired_at, _, paid_usd = self.left_hour
+            self.settled_usd -= paid_usd
+        self.left_hour = None
+
     def park(self, now: float) -> None:
         """It stops working."""
         self.settled_active_usd += self._working_usd(now)
@@ -56,11 +71,15 @@ class Account:
             self.settled_usd += self._working_usd(now)
         self.active_since = None
 
-    def release(self, now: float) -> None:
-        """It is no longer ours."""
+    def release(self, now: float, *, may_return: bool = False) -> None:
+        """It is no longer ours; or it is not known whether it is."""
         self.park(now)
-        if self.billing == "per_hour":
-            self.settled_usd += self.price_usd_per_hour * self._hours_begun(now)
+        if self.billing == "per_hour" and self.acquired_at is not None:
+            hours = self._hours_begun(now)
+            usd = self.price_usd_per_hour * hours
+            self.settled_usd += usd
+            if may_return:
+                self.left_hour = (self.acquired_at, self.acquired_at + HOUR_S * hours, usd)
         self.acquired_at = None
 
     def _working_usd(self, now: float) -> float:
@@ -84,13 +103,13 @@ class Ledger:
         """A machine is known; nothing is paid for it yet. What it cost before stays booked at the price of then."""
         known = self.accounts.setdefault(machine, Account(price_usd_per_hour, billing, usd_per_byte))
         assert known.acquired_at is None, f"{machine} changes its tariff while in use"
+        if (known.price_usd_per_hour, known.billing) != (price_usd_per_hour, billing):
+            known.left_hour = None  # another tariff is another rental
         known.price_usd_per_hour, known.billing, known.usd_per_byte = price_usd_per_hour, billing, usd_per_byte
 
     def acquire(self, machine: str, now: float) -> None:
         """The machine is ours from now, parked."""
-        account = self.accounts[machine]
-        if account.acquired_at is None:
-            account.acquired_at = now
+        self.accounts[machine].acquire(now)
 
     def activate(self, machine: str, now: float) -> None:
         """It works from now, acquired if it was not."""
@@ -106,6 +125,10 @@ class Ledger:
     def release(self, machine: str, now: float) -> None:
         """It is given back, or was taken away."""
         self.accounts[machine].release(now)
+
+    def lost(self, machine: str, now: float) -> None:
+        """It is out of reach, and may be so for a moment or for good."""
+        self.accounts[machine].release(now, may_return=True)
 
     def sent(self, machine: str, num_bytes: float) -> None:
         """Bytes that are charged as egress went to it."""

@@ -18,7 +18,8 @@ Colluders who attest each other are outweighed while honest attesters of each sk
 beyond that nothing here helps. An attester whose tasks are much harder than the others' looks like a liar.
 
 Invariants: a signer never counts for itself; one attester counts at most `CAP` trials for one subject and skill,
-however much it writes; all results lie between 0 and 1; the order of entries does not matter.
+however much it writes; one step of one chain is delivered once, whatever its signer says; all results lie between 0
+and 1; the order of signers does not matter (each one's entries come in their own).
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ class Tally:
     """(subject, skill) -> attester -> trials."""
     deliveries: dict[bytes, dict[bytes, tuple[float, float]]] = field(default_factory=lambda: defaultdict(dict))
     """subject -> asker -> (delivered, all)."""
+    delivered: set[tuple[bytes, str, int]] = field(default_factory=set)
+    """(asker, chain, step) of what was delivered."""
     _trust: dict[bytes, float] | None = None
 
     def add(self, signer: bytes, entry: LedgerEntry) -> None:
@@ -97,6 +100,10 @@ class Tally:
             before = of.get(signer, Trials())
             of[signer] = Trials(before.num + 1, before.total + what.score)
         elif isinstance(what, Contribution):
+            if what.delivery == "delivered" and what.chain:
+                if (signer, what.chain, what.step) in self.delivered:
+                    return
+                self.delivered.add((signer, what.chain, what.step))
             good, every = self.deliveries[entry.subject].get(signer, (0.0, 0.0))
             worth = 0.0 if what.delivery != "delivered" else 1.0 if what.verified is None else what.verified
             self.deliveries[entry.subject][signer] = (good + worth, every + 1)

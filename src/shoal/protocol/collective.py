@@ -6,6 +6,7 @@
     executor ──Brief──▶ planner ──Briefing──▶   what is to be done: this step's words, what it needs, what comes next
     executor ──Report──▶ planner                done (signed), and who took the next step; or still at work
     planner ──ChainResult──▶ poser              the answer, and the signed reports that it rests on
+    poser ──Judged──▶ planner ──Verdict──▶ executors    what the chain turned out to be worth: to learn from
 
 Privacy: a beacon carries a requirement and nothing of the problem; what a step is about is told by its planner to
 whoever took it, sealed; an executor never reads the problem, other steps' words, or results that it does not need.
@@ -33,6 +34,8 @@ MAX_TASK_CHARS = 16_000
 MAX_RESULT_CHARS = 16_000
 MAX_CLAIMS = 64
 MAX_LEASE_S = 3600.0
+MAX_SHOWN_CHARS = 1000
+"""Of a step's words and result, in what a planner tells its poser for people to read."""
 DIGEST_BYTES = 32
 
 _ID = re.compile(r"[0-9a-f]{16}")
@@ -52,6 +55,11 @@ def _check_text(name: str, text: str, most: int, *, empty: bool = False) -> None
 def _check_seconds(name: str, seconds: float, most: float = MAX_LEASE_S) -> None:
     if not (math.isfinite(seconds) and 0 <= seconds <= most):
         raise RecordError(f"{name} = {seconds} is not between 0 and {most:g} seconds.")
+
+
+def _check_score(score: float) -> None:
+    if not 0 <= score <= 1:
+        raise RecordError(f"a score of {score} is not between 0 and 1.")
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -204,14 +212,44 @@ class Report(Record, frozen=True):
 
 
 class Underway(Record, frozen=True):
-    """From a poser to a planner: which of these chains are you still at?"""
+    """From a poser to a planner: how is this chain?"""
 
-    chains: tuple[str, ...]
+    chain: str
 
     def check(self) -> None:
-        if len(self.chains) > 64:
-            raise RecordError("too many chains are asked for at once.")
-        _check_ids(*self.chains)
+        _check_ids(self.chain)
+
+
+class StepView(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """One step of a chain, for its poser to read."""
+
+    requirement: str
+    task: str
+    executor: bytes = b""
+    """Who has it now, or did it; empty where nobody has it yet."""
+    result: str = ""
+
+    def check(self) -> None:
+        _check_text("a requirement", self.requirement, MAX_REQUIREMENT_CHARS)
+        _check_text("a sub-task", self.task, MAX_SHOWN_CHARS, empty=True)
+        _check_text("a result", self.result, MAX_SHOWN_CHARS, empty=True)
+        if len(self.executor) not in (0, KEY_BYTES):
+            raise RecordError("a step's executor is no key.")
+
+
+class Progress(Record, frozen=True):
+    """The planner's answer: how far its chain is."""
+
+    here: bool
+    """Whether it is still at it."""
+    steps: tuple[StepView, ...] = ()
+    """Empty while the chain is being written."""
+
+    def check(self) -> None:
+        if len(self.steps) > MAX_STEPS:
+            raise RecordError(f"a chain has more than {MAX_STEPS} steps.")
+        for step in self.steps:
+            step.check()
 
 
 class Reported(Record, frozen=True):
@@ -244,6 +282,10 @@ class ChainResult(Record, frozen=True):
     """None: it could not be finished, and abstains."""
     done: tuple[SignedRecord, ...] = ()
     """The executors' `StepDone`, step by step; the last one's hash is the answer's."""
+    steps: tuple[StepView, ...] = ()
+    """What was asked and said, for people; nothing is decided by it."""
+    tokens: int = 0
+    """That writing the chain took."""
     reason: str = ""
     """Why there is no answer."""
 
@@ -251,7 +293,31 @@ class ChainResult(Record, frozen=True):
         _check_ids(self.problem, self.chain)
         _check_text("an answer", self.answer or "", MAX_RESULT_CHARS, empty=True)
         _check_text("a reason", self.reason, 512, empty=True)
-        if len(self.done) > MAX_STEPS:
-            raise RecordError(f"a chain has more than {MAX_STEPS} steps.")
+        if max(len(self.done), len(self.steps)) > MAX_STEPS or not 0 <= self.tokens < 2**40:
+            raise RecordError(f"a chain has more than {MAX_STEPS} steps, or took an impossible number of tokens.")
         for signed in self.done:
             signed.check()
+        for step in self.steps:
+            step.check()
+
+
+class Judged(Record, frozen=True):
+    """From a poser to a planner: what its chain's answer turned out to be worth."""
+
+    chain: str
+    score: float
+
+    def check(self) -> None:
+        _check_ids(self.chain)
+        _check_score(self.score)
+
+
+class Verdict(Record, frozen=True):
+    """From a planner to whoever did a step: what came of the chain that it was part of."""
+
+    place: Place
+    score: float
+
+    def check(self) -> None:
+        self.place.check()
+        _check_score(self.score)

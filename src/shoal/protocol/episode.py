@@ -48,6 +48,9 @@ class Turn(Record, frozen=True):
     completion: Completion
     grammar: Grammar | None = None
     """What the completion had to match: its log-probabilities are those of the tokens that this allows."""
+    given: bool = False
+    """The environment said it in the agent's place, an expert's act: nobody sampled these tokens, their
+    log-probabilities say nothing, and the learner takes its own."""
     after: int | None = None
     """Index of the turn that this one continues, -1 for none; absent: the one before it in the list."""
 
@@ -137,5 +140,7 @@ class Episode(Record, frozen=True):
 
     @property
     def version(self) -> int:
-        """The policy version of the oldest token drawn: the one staleness is counted from."""
-        return min((v for turn in self.turns for v in turn.completion.versions), default=0)
+        """The policy version of the oldest token drawn: the one staleness is counted from. Tokens that were given count
+        only where nothing was drawn, with the version that the episode was asked for."""
+        drawn = [turn for turn in self.turns if not turn.given] or self.turns
+        return min((v for turn in drawn for v in turn.completion.versions), default=0)

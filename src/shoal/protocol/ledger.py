@@ -62,6 +62,8 @@ class Contribution(msgspec.Struct, frozen=True, tag="contribution", forbid_unkno
     """Id of the problem that it was part of."""
     step: int
     delivery: Delivery
+    chain: str = ""
+    """Id of the chain; a signer's second delivery of one step of one chain counts no more."""
     tokens: int = 0
     seconds: float = 0.0
     verified: float | None = None
@@ -70,6 +72,8 @@ class Contribution(msgspec.Struct, frozen=True, tag="contribution", forbid_unkno
     def check(self) -> None:
         if not _PROBLEM.fullmatch(self.problem):
             raise RecordError(f"a problem's id {self.problem[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-'.")
+        if self.chain and not _PROBLEM.fullmatch(self.chain):
+            raise RecordError(f"a chain's id {self.chain[:80]!r} is not 1 to 64 letters, digits, '.', '_' or '-'.")
         if not (0 <= self.step < 1024 and 0 <= self.tokens < 2**40):
             raise RecordError("a contribution's step or tokens are out of range.")
         if not (math.isfinite(self.seconds) and 0 <= self.seconds <= 1e7):

@@ -7,8 +7,9 @@
     Assignment       requester → stage   its layers, and who comes next               `node/ID/assign`
     Step             around the ring     ids or hidden states of one batch, as frames on direct links
 
-A *lane* is one batch with its own rows of the cache; each has at most one step under way. An *epoch* is one
-assignment of layers: caches begin empty in each, and steps of an earlier one mean nothing.
+A *lane* is one batch with its own rows of the cache; each has one step under way, or a few, each drafted on the guess
+that the one before it comes out as drafted. An *epoch* is one assignment of layers: caches begin empty in each, and
+steps of an earlier one mean nothing.
 
 Invariants: a message's size is bounded by what its header says and that by `MAX_STEP_BYTES`; frames are at most
 `PIECE_BYTES`, so that one fits a connection's first window on a long link. Pure; bytes are bounded here and checked
@@ -41,6 +42,14 @@ MAX_OPS = 4 * MAX_ROWS
 MAX_LANES = 64
 MAX_STAGES = 64
 MAX_POSITIONS = 2**24
+MAX_IN_FLIGHT = 8
+"""Steps of one lane under way."""
+
+MAX_NODES = 2**16
+"""Drafts in the trees of one step."""
+
+MAX_DEPTHS = 8
+MAX_VOIDS = 64
 
 PREFIX = struct.Struct(">II")
 """Lengths of a step's header and of its tensor, before both."""
@@ -69,7 +78,7 @@ class StageSpec(Record, frozen=True):
     """Its `config.json`."""
     dtype: StageDType
     cache_tokens: int
-    """Tokens that the caches of all lanes have room for: what memory a layer takes follows."""
+    """Tokens that all lanes have room for, what they keep aside included: what memory a layer takes follows."""
     home: LinkAddress
     """Where the requester takes links."""
 
@@ -164,13 +173,15 @@ class Assignment(Record, frozen=True):
     """Public key of the stage before; empty for the first."""
     next: LinkAddress | None
     """Who takes what this stage gives; none: the requester."""
+    prefix_tokens: int = 0
+    """Tokens of finished sequences that each lane keeps aside."""
 
     def check(self) -> None:
         if not (self.epoch >= 1 and 0 <= self.stage < self.num_stages <= MAX_STAGES):
             raise RecordError("an assignment's place is out of range.")
         if not 0 <= self.first < self.last <= MAX_LAYERS or not 1 <= self.lanes <= MAX_LANES:
             raise RecordError("an assignment's layers or lanes are out of range.")
-        if not (1 <= self.lane_slots <= MAX_ROWS and 1 <= self.lane_tokens <= 2**40):
+        if not (1 <= self.lane_slots <= MAX_ROWS and 1 <= self.lane_tokens <= 2**40 >= self.prefix_tokens >= 0):
             raise RecordError("an assignment's cache is out of range.")
         if len(self.previous) not in (0, 32):
             raise RecordError("an assignment names a key of a wrong length.")
@@ -187,16 +198,22 @@ class Assigned(Record, frozen=True):
 
 
 class CacheOp(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """What a lane's cache does before the step: `KVCache`'s methods of the same names, with their arguments."""
+    """What a lane's cache does before the step: `KVCache`'s methods of the same names, with their arguments; and
 
-    kind: Literal["reserve", "copy", "clear"]
+    move            in row a the entry of position b becomes that of position c
+    keep            the first c positions of row a are kept aside, under the number b
+    restore, drop   the first c of what is kept under b become row a's; what is kept under b goes
+    """
+
+    kind: Literal["reserve", "copy", "clear", "move", "keep", "restore", "drop"]
     a: int
     b: int = 0
     c: int = 0
 
 
 class Step(Record, frozen=True):
-    """A step's header; its tensor follows: int32 ids for the first stage, hidden states in the model's type behind."""
+    """A step's header; its tensor follows: int32 ids for the first stage, hidden states in the model's type behind, and
+    after them those that entered each of the `depths` so far."""
 
     epoch: int
     lane: int
@@ -211,6 +228,13 @@ class Step(Record, frozen=True):
     first_slot: int
     at: tuple[int, ...] = ()
     """Which of each row's new tokens is asked about; empty: all."""
+    parents: tuple[tuple[int, ...], ...] = ()
+    """Where a row's new tokens are a tree: of each but the first, which one it follows, as drafts are counted (-1: the
+    first token; -2: padding); empty: each follows the one before it."""
+    depths: tuple[int, ...] = ()
+    """Layers whose incoming hidden states of all new tokens are sent back as well, ascending."""
+    voids: tuple[int, ...] = ()
+    """Steps of this lane, by number, that nobody waits for any more: where one was not computed yet, it is dropped."""
     ops: tuple[CacheOp, ...] = ()
     busy_s: tuple[float, ...] = ()
     """What each stage so far took to compute."""
@@ -227,6 +251,15 @@ class Step(Record, frozen=True):
             raise RecordError("a step asks about tokens that it does not have.")
         if any(not 0 <= p <= MAX_POSITIONS for p in self.start) or not 0 <= self.first_slot < MAX_ROWS:
             raise RecordError("a step's positions are out of range.")
+        if len(self.parents) not in (0, rows) or sum(map(len, self.parents)) > MAX_NODES:
+            raise RecordError("a step's trees do not fit its rows.")
+        for above in self.parents:
+            if len(above) != self.width - 1 or any(not -2 <= p < node for node, p in enumerate(above)):
+                raise RecordError("a step's tree is none.")
+        if len(self.depths) > MAX_DEPTHS or any(not 0 <= d < MAX_LAYERS for d in self.depths):
+            raise RecordError("a step asks for hidden states that are not there.")
+        if list(self.depths) != sorted(self.depths) or len(self.voids) > MAX_VOIDS:
+            raise RecordError("a step's depths or voids are malformed.")
         if len(self.ops) > MAX_OPS or any(min(op.a, op.b, op.c) < 0 for op in self.ops):
             raise RecordError("a step's cache operations are out of range.")
         if len(self.busy_s) > MAX_STAGES or len(self.failure) > 1000:

@@ -27,6 +27,9 @@ MAX_ENTRIES = 128
 
 MAX_NODES = 2048
 MAX_LEASES = 64
+MAX_LINKS = 32
+"""Delays told of one node."""
+
 MAX_SENTENCES = 256
 MAX_TEXT_CHARS = 512
 MAX_LINES = 2000
@@ -221,16 +224,21 @@ class NodeView(Record, frozen=True):
     leases: tuple[LeaseState, ...] = ()
     num_leases: int = 0
     """`leases` holds the first of them."""
+    delays: dict[str, float] = {}
+    """Node id -> round-trip seconds, as it measured them."""
     status: NodeStatus | None = None
     """What it said last."""
     status_age_s: float = 0.0
 
     def check(self) -> None:
         _check_texts(self.node_id, self.name, self.role, self.why, self.device)
+        _check_table(self.delays)
         _check_numbers(self.silent_s, self.version, self.tokens_per_s, self.price_usd_per_hour, self.num_leases)
         _check_numbers(self.status_age_s)
         if len(self.public_key) not in (0, 32) or len(self.leases) > MAX_LEASES:
             raise RecordError("a node's view has a wrong key or too many leases.")
+        if len(self.delays) > MAX_LINKS:
+            raise RecordError(f"a node's view tells more than {MAX_LINKS} delays.")
         for lease in self.leases:
             lease.check()
         if self.status is not None:

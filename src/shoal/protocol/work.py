@@ -30,6 +30,8 @@ class WorkSpec(Record, frozen=True):
     heartbeat_s: float
     on_swap: SwapPolicy = "keep"
     """What becomes of completions under way when the weights change."""
+    seeded: bool = False
+    """Whether tokens are checked to be those that the leases' seeds draw."""
     protocol: int = 1
 
 

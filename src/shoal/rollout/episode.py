@@ -16,7 +16,7 @@ from shoal.engine.tokenizer import Tokenizer
 from shoal.envs.base import Environment
 from shoal.errors import ShoalError
 from shoal.protocol.episode import MAX_TURNS, Episode, Outcome, Task, Turn
-from shoal.protocol.sampling import Sampler, SampleRequest, SamplingParams
+from shoal.protocol.sampling import Completion, Sampler, SampleRequest, SamplingParams
 from shoal.rollout.session import SEED_STRIDE
 
 log = logging.getLogger("shoal.rollout")
@@ -58,9 +58,10 @@ async def run_episode(
     outcome: Outcome = "done"
     used = 0
     try:
+        env.rollout_seed = spec.params.seed or 0
         first = await env.reset(spec.task)
         context = tokenizer.prompt(first.messages)
-        shown, grammar = first.messages[-1].content, first.grammar
+        shown, grammar, given = first.messages[-1].content, first.grammar, first.given
         sequence: list[int] = []
         while len(turns) < MAX_TURNS:
             sequence += context
@@ -72,12 +73,26 @@ async def run_episode(
                 break
             seed = None if spec.params.seed is None else (spec.params.seed + SEED_STRIDE * len(turns)) % 2**63
             params = replace(spec.params, max_tokens=room, seed=seed)
-            completion = await sampler.sample(
-                SampleRequest(prompt_ids=tuple(sequence), params=params, min_version=spec.min_version, grammar=grammar)
-            )
+            if given is not None:
+                completion = _as_drawn(given, tokenizer, spec.min_version)
+                if (length := len(completion.token_ids)) > context_tokens - used:
+                    raise ShoalError(f"a given act has {length} tokens, which do not fit behind {used}.")
+            else:
+                request = SampleRequest(
+                    prompt_ids=tuple(sequence), params=params, min_version=spec.min_version, grammar=grammar
+                )
+                completion = await sampler.sample(request)
             if completion.finish in ("cancelled", "error"):
                 raise ShoalError(f"sampling ended with '{completion.finish}'.")
-            turns.append(Turn(context_ids=tuple(context), observation=shown, completion=completion, grammar=grammar))
+            turns.append(
+                Turn(
+                    context_ids=tuple(context),
+                    observation=shown,
+                    completion=completion,
+                    grammar=grammar,
+                    given=given is not None,
+                )
+            )
             step = await env.step(completion.text, truncated=completion.finish == "length")
             reward += step.reward
             parts = step.info
@@ -85,7 +100,7 @@ async def run_episode(
                 break
             sequence += completion.token_ids
             context = tokenizer.continuation(completion.token_ids, step.observation)
-            shown, grammar = step.observation, step.grammar
+            shown, grammar, given = step.observation, step.grammar, step.given
     except (ShoalError, OSError, TimeoutError) as error:
         # Surviving here is the feature: infrastructure's failure is told apart from the agent's.
         outcome, reason = "void", str(error)[:MAX_REASON_CHARS] or type(error).__name__
@@ -108,6 +123,18 @@ async def run_episode(
         worker=spec.worker,
         started_at=started,
         finished_at=time.time(),
+    )
+
+
+def _as_drawn(text: str, tokenizer: Tokenizer, version: int) -> Completion:
+    """An act that the environment gives, as the tokens that the agent would have drawn."""
+    ids = (*tokenizer.encode(text), tokenizer.end_of_turn)
+    return Completion(
+        token_ids=ids,
+        logprobs=(0.0,) * len(ids),
+        versions=(version,) * len(ids),
+        finish="stop",
+        text=tokenizer.visible(ids, ()),
     )
 
 

@@ -15,9 +15,9 @@ import shutil
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shoal.broadcast.fetch import Fetcher
 from shoal.broadcast.fetch import Progress as FetchProgress
@@ -27,7 +27,8 @@ from shoal.broadcast.store import Store
 from shoal.broadcast.tensors import TensorView
 from shoal.engine.local import LocalEngine, pick_device
 from shoal.engine.merging import merged
-from shoal.engine.source import Progress, resolve
+from shoal.engine.source import LocalModel, Progress, resolve
+from shoal.envs.base import Environment
 from shoal.envs.external import commands
 from shoal.envs.registry import make
 from shoal.errors import NetworkError, StorageError, TaskError
@@ -38,10 +39,13 @@ from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity, data_dir
 from shoal.fabric.ticket import Ticket
 from shoal.fabric.waits import waiting
-from shoal.protocol.work import Arrived, Fetching
+from shoal.protocol.roster import Billing
+from shoal.protocol.work import Arrived, Fetching, WorkSpec
 from shoal.rollout.external import ExternalActing
 from shoal.rollout.external import Sessions as SessionDoor
 from shoal.rollout.link import Part, taking_part, work_spec
+from shoal.rollout.vllm_engine import VllmEngine, vllm_engine
+from shoal.rollout.vllm_server import VllmOptions
 from shoal.rollout.worker import Worker
 
 log = logging.getLogger("shoal.rollout")
@@ -77,10 +81,15 @@ class WorkerOptions:
     join_timeout_s: float = 30.0
     price_usd_per_hour: float = 0.0
     """What its owner wants for it, or pays for it; told to the run."""
+    billing: Billing = "per_use"
+    """Whether that is paid by the second of work, or for each begun hour; told to the run."""
     region: str = ""
     """Where it stands, in its owner's words; told to the run."""
     allow_programs: bool = False
     """Start the agent programs that the run's configuration names. They are not confined."""
+    engine: Literal["local", "vllm"] = "local"
+    """What samples: our own engine, or vLLM's server in an environment of its own."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
 
 
 Sessions = Callable[[LocalEngine], AbstractAsyncContextManager[SessionDoor]]
@@ -93,12 +102,16 @@ def model_cache() -> Path:
 
 
 @contextmanager
-def worker_identity(directory: Path | None) -> Iterator[Identity]:
-    """A key that no other process of this machine uses while the context lasts."""
+def worker_identity(directory: Path | None, kind: str = "workers") -> Iterator[Identity]:
+    """A key that no other process of this machine uses while the context lasts.
+
+    Args:
+        kind: whose keys, as a folder below the user's data directory; its first free one is taken.
+    """
     if directory is not None:
         yield Identity.load_or_create(directory)
         return
-    root = data_dir() / "workers"
+    root = data_dir() / kind
     root.mkdir(parents=True, exist_ok=True, mode=0o700)
     for number in range(MAX_WORKERS_PER_MACHINE):
         with (root / f"{number}.lock").open("w") as lock:
@@ -142,9 +155,78 @@ async def working(
             part = await stack.enter_async_context(_joining(fabric, ticket, name, options))
             desk = Desk(fabric, name, "worker", account, part.member.is_granted, device=options.device)
             await stack.enter_async_context(desk)
-        async with _worker(fabric, ticket, options, part, sessions, progress, on_event) as worker:
+        work = await _read(part, options, progress)
+        engine = await stack.enter_async_context(_engine(work, options))
+        async with _worker(fabric, ticket, options, part, work, engine, sessions, on_event) as worker:
             ready.append(worker)
             yield worker
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a run wants its workers to do, and what it takes."""
+
+    spec: WorkSpec
+    environments: Mapping[str, Environment]
+    has_programs: bool
+    model: LocalModel
+
+
+async def _read(part: Part, options: WorkerOptions, progress: Progress) -> _Work:
+    """What the run's answer says, and whether this machine will do it."""
+    spec = work_spec(part.reply)
+    environments = {env: make(what["type"], what["settings"], name=env) for env, what in spec.envs.items()}
+    programs = commands(list(environments.values()))
+    if programs and not options.allow_programs:
+        raise TaskError(
+            f"the run would have this machine start {' '.join(programs[0])[:200]!r}.",
+            "Where you trust whoever started the run: shoal worker --allow-programs.",
+        )
+    if options.engine == "vllm" and programs:
+        raise TaskError("agent programs reach the model through the local engine only.", "Leave --engine vllm out.")
+    if options.engine == "vllm" and spec.seeded:
+        raise TaskError(
+            "the run checks that tokens are those its seeds draw, and vLLM draws others.",
+            "Whoever started it can set trust.seeds = false, and what that costs is in docs/trust.md.",
+        )
+    with waiting(f"model {spec.model!r} to be here", until="it is fetched and converted", usual_s=MODEL_USUAL_S):
+        model = await asyncio.to_thread(resolve, spec.model, model_cache(), progress)
+    return _Work(spec, environments, bool(programs), model)
+
+
+@asynccontextmanager
+async def _engine(work: _Work, options: WorkerOptions) -> AsyncIterator[LocalEngine | VllmEngine]:
+    """What samples, of the kind that the machine's owner chose."""
+    spec = work.spec
+    async with AsyncExitStack() as stack:
+        with waiting("the engine to start", until="its weights are loaded", usual_s=MODEL_USUAL_S):
+            if options.engine == "vllm":
+                vllm = await stack.enter_async_context(
+                    vllm_engine(
+                        work.model,
+                        spec,
+                        options.vllm,
+                        device=options.device,
+                        threads=options.threads,
+                        max_sequences=options.max_sequences,
+                        cache_tokens=options.cache_tokens,
+                    )
+                )
+            else:
+                local = await asyncio.to_thread(
+                    LocalEngine,
+                    work.model,
+                    dtype=spec.dtype,
+                    device=options.device,
+                    threads=options.threads,
+                    max_sequences=options.max_sequences,
+                    cache_tokens=options.cache_tokens,
+                    prefix_tokens=options.prefix_tokens,
+                    context_tokens=spec.context_tokens,
+                    on_swap=spec.on_swap,
+                )
+                stack.push_async_callback(local.close)
+        yield vllm if options.engine == "vllm" else local
 
 
 def _joining(fabric: Fabric, ticket: Ticket, name: str, options: WorkerOptions) -> AbstractAsyncContextManager[Part]:
@@ -157,6 +239,7 @@ def _joining(fabric: Fabric, ticket: Ticket, name: str, options: WorkerOptions) 
         threads=options.threads,
         measures_rates=options.local_store is None and not _is_near(ticket),
         price_usd_per_hour=options.price_usd_per_hour,
+        billing=options.billing,
         region=options.region,
     )
 
@@ -172,34 +255,13 @@ async def _worker(
     ticket: Ticket,
     options: WorkerOptions,
     part: Part,
+    work: _Work,
+    engine: LocalEngine | VllmEngine,
     sessions: Sessions | None,
-    progress: Progress,
     on_event: Callable[[str, dict[str, Any]], None],
 ) -> AsyncIterator[Worker]:
     learner_key, member = part.reply.learner_key, part.member
-    spec = work_spec(part.reply)
-    environments = {env: make(what["type"], what["settings"], name=env) for env, what in spec.envs.items()}
-    programs = commands(list(environments.values()))
-    if programs and not options.allow_programs:
-        raise TaskError(
-            f"the run would have this machine start {' '.join(programs[0])[:200]!r}.",
-            "Where you trust whoever started the run: shoal worker --allow-programs.",
-        )
-    with waiting(f"model {spec.model!r} to be here", until="it is fetched and converted", usual_s=MODEL_USUAL_S):
-        model = await asyncio.to_thread(resolve, spec.model, model_cache(), progress)
-    with waiting("the engine to start", until="its weights are loaded", usual_s=MODEL_USUAL_S):
-        engine = await asyncio.to_thread(
-            LocalEngine,
-            model,
-            dtype=spec.dtype,
-            device=options.device,
-            threads=options.threads,
-            max_sequences=options.max_sequences,
-            cache_tokens=options.cache_tokens,
-            prefix_tokens=options.prefix_tokens,
-            context_tokens=spec.context_tokens,
-            on_swap=spec.on_swap,
-        )
+    spec, model = work.spec, work.model
     scratch = data_dir() / "snapshots" / f"{ticket.run}-{fabric.identity.node_id}"
     limit = 1e9 * (options.snapshots_gb or float("inf"))
     store = Store(scratch, run=ticket.run, trusted_key=learner_key, durable=False, max_bytes=limit)
@@ -251,14 +313,14 @@ async def _worker(
         return await asyncio.to_thread(merged, model, snapshot.tensors)
 
     external = None
-    if programs and sessions is not None:
+    if work.has_programs and sessions is not None and isinstance(engine, LocalEngine):
         external = ExternalActing(await links.enter_async_context(sessions(engine)), context_tokens=spec.context_tokens)
         links.push_async_callback(external.close)
     worker = Worker(
         part.link,
         spec,
         engine,
-        environments,
+        work.environments,
         source,
         max_sequences=options.max_sequences,
         external=external,
@@ -276,7 +338,6 @@ async def _worker(
         weights.end()
         fetcher.close()
         await links.aclose()
-        await engine.close()
         with contextlib.suppress(OSError):
             shutil.rmtree(scratch)
 

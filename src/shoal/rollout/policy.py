@@ -14,10 +14,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Protocol
 
 from shoal.broadcast.fetch import SnapshotGone
 from shoal.broadcast.tensors import TensorView
-from shoal.engine.local import LocalEngine
 from shoal.fabric.waits import waiting
 
 USUAL_WAIT_S = 60.0
@@ -25,6 +25,14 @@ USUAL_WAIT_S = 60.0
 
 Source = Callable[[int], Awaitable[Mapping[str, TensorView]]]
 """Fetches and verifies all tensors of a version."""
+
+
+class Loads(Protocol):
+    """An engine, as far as its weights go."""
+
+    async def load_weights(self, version: int, tensors: Mapping[str, TensorView]) -> float:
+        """Put a version in place; gives the pause in seconds. What fails raises `ModelError`."""
+        ...
 
 
 class Policy:
@@ -37,7 +45,7 @@ class Policy:
 
     def __init__(
         self,
-        engine: LocalEngine,
+        engine: Loads,
         source: Source,
         on_swap: Callable[[int, float, float], None] = lambda *_: None,
     ) -> None:

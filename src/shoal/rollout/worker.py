@@ -45,6 +45,7 @@ from shoal.rollout.external import ExternalActing
 from shoal.rollout.link import DEADLINE_S, RunLink
 from shoal.rollout.patience import LOST_AFTER_S, RETRY_S, Patience
 from shoal.rollout.policy import Policy, Source
+from shoal.rollout.vllm_engine import VllmEngine
 
 log = logging.getLogger("shoal.rollout")
 
@@ -63,7 +64,7 @@ class _Job:
     """One lease at work; it is the sampler of its own episodes, so that what is drawn for it can be told apart."""
 
     lease: Lease
-    engine: LocalEngine
+    engine: LocalEngine | VllmEngine
     on_failure: Callable[[ModelError], None]
     progress: int = 0
     num_drawing: int = 0
@@ -86,7 +87,8 @@ class _Job:
         return completion
 
     async def draws(self, request: SampleRequest, shaping: Shaping) -> AsyncGenerator[Drawn | Completion]:
-        """As `sample`, token by token."""
+        """As `sample`, token by token: for agent programs, which a worker has only beside an engine of its own."""
+        assert isinstance(self.engine, LocalEngine)
         self.num_drawing += 1
         try:
             async with aclosing(self.engine.draws(request, shaping)) as found:
@@ -117,7 +119,7 @@ class Worker:
         self,
         link: RunLink,
         spec: WorkSpec,
-        engine: LocalEngine,
+        engine: LocalEngine | VllmEngine,
         environments: Mapping[str, Environment],
         source: Source,
         *,

@@ -31,6 +31,7 @@ from shoal.serving.events import EventStream, gone
 from shoal.serving.gate import Gate
 from shoal.serving.generation import MAX_SEED, Job, check
 from shoal.serving.metrics import Metrics
+from shoal.serving.notes import Notes
 from shoal.serving.schema import GrammarFormat, JsonFormat, RegexFormat, ResponseFormat, Sampling, SchemaFormat
 
 BODY_TIMEOUT_S = 20.0
@@ -57,6 +58,8 @@ class Api:
     embedder: Embedder | None = None
     embedding_model: str = ""
     """The name that clients give, where there is an embedder."""
+    notes: Notes | None = None
+    """What is remembered, where the settings name a folder."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -88,6 +91,12 @@ class Api:
         """All names that clients may give."""
         embedding = [self.embedding_model] if self.embedder else []
         return [self.model, *(f"{self.model}:{name}" for name in self.adapters), *embedding]
+
+    @property
+    def fingerprint(self) -> str:
+        """What answers: the weights' version, and the acceptance rule where it may have changed what they say."""
+        rule = self.engine.lossy_rule
+        return f"v{self.engine.version}" + (f"-{rule}" if rule else "")
 
     def adapter_of(self, name: str) -> str:
         """The adapter that a model's name asks for, or none; refuses what does not draw tokens."""

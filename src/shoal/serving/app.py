@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from shoal.serving.api import Api, json_response, unknown
 from shoal.serving.chat import chat
@@ -90,8 +90,8 @@ SESSION_KEEPING: list[tuple[str, str, SessionEndpoint]] = [
 ]
 
 
-def make_app(api: Api, keys: Keys, sessions: House | None = None) -> Starlette:
-    """The ASGI application of one model; with `sessions`, clients may open such."""
+def make_app(api: Api, keys: Keys, sessions: House | None = None, pages: Iterable[BaseRoute] = ()) -> Starlette:
+    """The ASGI application of one model; with `sessions`, clients may open such; `pages` ask for keys themselves."""
 
     def bound(endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
         async def answer(request: Request) -> Response:
@@ -103,7 +103,7 @@ def make_app(api: Api, keys: Keys, sessions: House | None = None) -> Starlette:
     routes += [Route(path, bound(endpoint), methods=["GET"]) for path, (endpoint, _) in GETS.items()]
     if sessions is not None:
         routes += _session_routes(api, sessions, [*SESSION_KEEPING, *SESSION_CALLS])
-    return _application(api, keys, routes)
+    return _application(api, keys, [*routes, *pages])
 
 
 def make_sessions_app(api: Api, sessions: House) -> Starlette:
@@ -121,7 +121,7 @@ def _session_routes(api: Api, sessions: House, endpoints: Iterable[tuple[str, st
     return [Route(path, bound(endpoint), methods=[method]) for path, method, endpoint in endpoints]
 
 
-def _application(api: Api, keys: Keys, routes: list[Route]) -> Starlette:
+def _application(api: Api, keys: Keys, routes: Sequence[BaseRoute]) -> Starlette:
     app = Starlette(
         routes=routes,
         middleware=[Middleware(Door, keys=keys, metrics=api.metrics, paths={*POSTS, *GETS})],

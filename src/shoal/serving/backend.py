@@ -6,9 +6,9 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from shoal.engine.grammar import Grammars
-from shoal.engine.local import EngineStats
 from shoal.engine.sequence import Drawn
 from shoal.engine.shaping import Shaping
+from shoal.engine.stats import EngineStats
 from shoal.engine.tokenizer import Tokenizer
 from shoal.protocol.sampling import Completion, SampleRequest
 
@@ -37,6 +37,10 @@ class Engine(Protocol):
     @property
     def trouble(self) -> str:
         """Why requests can't be answered at the moment; empty where they can."""
+
+    @property
+    def lossy_rule(self) -> str:
+        """The acceptance rule of drafts, where it may change what the weights would have said; else empty."""
 
     def stats(self) -> EngineStats:
         """Counters since it started."""

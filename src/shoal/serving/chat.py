@@ -65,7 +65,8 @@ async def ask(api: Api, body: ChatBody) -> Asked:
         raise bad_request("top_logprobs needs logprobs = true.", "top_logprobs")
     tools = offered(body)
     try:
-        messages = api.dialect.messages(body.messages, tools)
+        said = api.notes.put(body.messages, body.user) if api.notes is not None else body.messages
+        messages = api.dialect.messages(said, tools)
         native = [tool.model_dump(exclude_none=True) for tool in tools] if api.dialect.native_tools else []
         prompt = tuple(api.engine.tokenizer.conversation(messages, native))
     except ModelError as error:
@@ -117,7 +118,7 @@ class _Answer:
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": body.model,
-            "system_fingerprint": f"v{api.engine.version}",
+            "system_fingerprint": api.fingerprint,
         }
 
     async def whole(self) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class _Answer:
             "object": "text_completion",
             "created": int(time.time()),
             "model": body.model,
-            "system_fingerprint": f"v{api.engine.version}",
+            "system_fingerprint": api.fingerprint,
         }
         self._offsets = [0] * job.size
 

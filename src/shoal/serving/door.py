@@ -25,8 +25,8 @@ logger = logging.getLogger("shoal.serving")
 OPEN_PATHS = ("/health",)
 """Answered without a key."""
 
-OWN_KEYS = "/sessions/"
-"""Below this, sessions ask for keys of their own."""
+OWN_KEYS = ("/sessions/", "/console")
+"""Below these, sessions and the console ask for keys themselves."""
 
 
 class Door:

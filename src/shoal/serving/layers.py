@@ -91,6 +91,7 @@ def assignments(plan: Partition, chosen: Sequence[Peer], epoch: int, engine: Pip
                 lanes=len(engine.lanes),
                 lane_slots=engine.lane_slots,
                 lane_tokens=engine.lane_tokens,
+                prefix_tokens=engine.lane_prefix_tokens,
                 previous=chosen[place - 1].key if place else b"",
                 next=follower.address if follower is not None else None,
             )

@@ -51,6 +51,9 @@ class _Engine(Collector):
             "shoal_prompt_tokens": ("Prompt tokens computed.", stats.prompt_tokens),
             "shoal_prompt_tokens_reused": ("Prompt tokens copied from the prefix store.", stats.reused_tokens),
             "shoal_tokens_rebuilt": ("Tokens computed again because stages were lost.", stats.rebuilt_tokens),
+            "shoal_speculation_rounds": ("Passes with drafts, once for each sequence.", stats.rounds),
+            "shoal_tokens_drafted": ("Tokens that the drafter proposed.", stats.drafted),
+            "shoal_tokens_accepted": ("Drafted tokens that stayed.", stats.accepted),
             "shoal_engine_busy_seconds": ("Time in the engine's steps.", stats.busy_s),
             "shoal_turned_away": ("Requests answered 429.", self._gate.turned_away),
         }

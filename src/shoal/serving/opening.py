@@ -17,15 +17,24 @@ from shoal.engine.model import Architecture, weight_bytes
 from shoal.engine.source import LocalModel
 from shoal.errors import CapacityError, ConfigError
 from shoal.serving.api import Api
+from shoal.serving.notes import Notes
 from shoal.serving.pipeline import serving_over
+from shoal.serving.speculation import speculations
 from shoal.serving.stage_host import free_bytes
 
 
 @asynccontextmanager
 async def opened(
-    model: LocalModel, name: str, settings: Serving, embedding: LocalModel | None = None
+    model: LocalModel,
+    name: str,
+    settings: Serving,
+    embedding: LocalModel | None = None,
+    draft: LocalModel | None = None,
 ) -> AsyncIterator[tuple[Api, str]]:
     """The API of a model, and the ticket with which stages join, empty where there are none.
+
+    Args:
+        draft: the drafter that the settings name, where it has weights.
 
     Raises:
         ConfigError: the settings don't go together.
@@ -33,10 +42,11 @@ async def opened(
         ModelError: a checkpoint or an adapter can't be used.
     """
     adapters = adapter_folders(settings)
+    speculate = await asyncio.to_thread(speculations, model, settings, draft)
     async with AsyncExitStack() as stack:
         ticket = ""
         if settings.stages:
-            over = await stack.enter_async_context(serving_over(model, name, settings))
+            over = await stack.enter_async_context(serving_over(model, name, settings, speculate))
             api, ticket = Api(over.engine, name, settings), over.ticket
         else:
             check_memory(model, settings)
@@ -53,6 +63,7 @@ async def opened(
                 prefix_tokens=settings.prefix_tokens,
                 int8=settings.weights == "int8",
                 adapters=adapters,
+                speculation=speculate(settings.max_sequences, settings.cache_tokens) if speculate else None,
             )
             api = Api(engine, name, settings, adapters=engine.adapters)
         if embedding is not None:
@@ -60,6 +71,9 @@ async def opened(
             embedder = await asyncio.to_thread(Embedder, embedding, device=device, threads=settings.threads)
             api.embedder = await stack.enter_async_context(embedder)
             api.embedding_model = settings.embedding_model
+        if settings.memory:
+            api.notes = Notes(Path(settings.memory), api.engine.tokenizer, settings.memory_tokens)
+            stack.callback(api.notes.close)
         yield api, ticket
 
 

@@ -14,7 +14,7 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from shoal.engine.pipeline.lanes import PipelineEngine
 from shoal.engine.pipeline.ring import Rings
 from shoal.engine.pipeline.weights import Shelf
 from shoal.engine.source import LocalModel
+from shoal.engine.speculation.speculating import Speculation
 from shoal.errors import RunError, StorageError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity, data_dir
@@ -56,8 +57,13 @@ class Served:
 
 
 @asynccontextmanager
-async def serving_over(model: LocalModel, name: str, settings: Serving) -> AsyncIterator[Served]:
+async def serving_over(
+    model: LocalModel, name: str, settings: Serving, speculate: Callable[[int, int], Speculation] | None = None
+) -> AsyncIterator[Served]:
     """An engine over `settings.stages` stages, while inside.
+
+    Args:
+        speculate: makes what drafts for a lane (`speculation.speculations`).
 
     Raises:
         ModelError: the checkpoint can't be used.
@@ -79,6 +85,8 @@ async def serving_over(model: LocalModel, name: str, settings: Serving) -> Async
             cache_tokens=settings.cache_tokens,
             context_tokens=settings.context_tokens,
             prefill_tokens=settings.prefill_tokens,
+            prefix_tokens=settings.prefix_tokens,
+            speculate=speculate,
         )
         stack.push_async_callback(engine.close)
         identity = Identity.load_or_create(run.path / "identity")

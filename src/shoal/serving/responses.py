@@ -180,6 +180,7 @@ class _Answer:
             "object": "response",
             "created_at": self._created,
             "model": self._body.model,
+            "system_fingerprint": self._api.fingerprint,
             "status": "in_progress" if completion is None else "incomplete" if cut else "completed",
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "error": None,

@@ -21,6 +21,7 @@ from shoal.errors import NetworkError
 from shoal.serving.api import Api
 from shoal.serving.app import make_app
 from shoal.serving.connection import HEAD_TIMEOUT_S, MAX_HEAD_BYTES, bounded
+from shoal.serving.console.app import Console
 from shoal.serving.keys import Keys
 from shoal.serving.sessions import House
 
@@ -28,7 +29,15 @@ BACKLOG = 256
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, except that signals only ask it to end: the exit code is the command's."""
+    """uvicorn's server, except that signals only ask it to end: the exit code is the command's.
+
+    Args:
+        ends: called at the first signal, to end streams that would go on for ever.
+    """
+
+    def __init__(self, config: uvicorn.Config, ends: Callable[[], None] = lambda: None) -> None:
+        super().__init__(config)
+        self._ends = ends
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -44,6 +53,7 @@ class _Server(uvicorn.Server):
     def _asked_to_end(self) -> None:
         self.force_exit = self.should_exit
         self.should_exit = True
+        self._ends()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -65,14 +75,19 @@ def listen(host: str, port: int) -> socket.socket:
     return made
 
 
-async def serve(api: Api, keys: Keys, settings: Serving, announce: Callable[[int], None]) -> None:
-    """Serve until told to end; `announce` is called with the port once it listens."""
+async def serve(
+    api: Api, keys: Keys, settings: Serving, announce: Callable[[int], None], console: Console | None = None
+) -> None:
+    """Serve until told to end, the console beside; `announce` is called with the port once it listens."""
     listening = listen(settings.host, settings.port)
     house = House(keys, settings, Path(settings.capture)) if settings.capture else None
-    server = _Server(configured(make_app(api, keys, house), settings))
+    app = make_app(api, keys, house, console.routes() if console is not None else ())
+    server = _Server(configured(app, settings), console.house.live.close if console is not None else lambda: None)
+    looking = console.house.looking() if console is not None else contextlib.nullcontext()
     announce(listening.getsockname()[1])
     try:
-        await server.serve(sockets=[listening])
+        async with looking:
+            await server.serve(sockets=[listening])
     finally:
         listening.close()
         await api.engine.close()

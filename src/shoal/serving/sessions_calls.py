@@ -21,9 +21,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from shoal.engine.grammar import Grammars
-from shoal.engine.local import EngineStats
 from shoal.engine.sequence import Drawn
 from shoal.engine.shaping import Shaping
+from shoal.engine.stats import EngineStats
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import ModelError
 from shoal.protocol.sampling import Completion, SampleRequest, SamplingParams
@@ -83,6 +83,10 @@ class Recorded:
     @property
     def trouble(self) -> str:
         return self._engine.trouble
+
+    @property
+    def lossy_rule(self) -> str:
+        return self._engine.lossy_rule
 
     def stats(self) -> EngineStats:
         return self._engine.stats()

@@ -198,7 +198,7 @@ class Stages:
             model=self._model_name,
             config=self._config,
             dtype="fp32" if self._dtype == "fp32" else "bf16",
-            cache_tokens=self._engine.lane_tokens * len(self._engine.lanes),
+            cache_tokens=(self._engine.lane_tokens + self._engine.lane_prefix_tokens) * len(self._engine.lanes),
             home=self._home,
         )
         now = time.time()
@@ -272,7 +272,8 @@ class Stages:
                 async with asyncio.timeout(left_s if self._epoch == 0 and left_s > 0 else REVIEW_S):
                     await self._wake.wait()
             self._wake.clear()
-            await self._settle()
+            if not self._ending:
+                await self._settle()
 
     async def _settle(self) -> None:
         """Give the layers to those who are there."""

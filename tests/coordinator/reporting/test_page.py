@@ -116,6 +116,26 @@ def test_a_finished_run(run: Path) -> None:
     assert {path.stem for path in (run / "plots").iterdir()} == {plot.name for plot in PLOTS}
 
 
+PAID = {"usd": 12.0, "usd_idle": 3.0, "usd_lost_stale": 0.6, "usd_lost_void": 0.0, "usd_lost_rejected": 0.25}
+
+
+def test_what_a_run_cost_and_what_of_it_came_to_nothing(run: Path) -> None:
+    assert "What it cost" not in page_of(run).text, "nothing has a price"
+    path = run / "summary.json"
+    machines = {"anna": 8.0, "bert": 4.0, HOSTILE: 0.0}
+    told = {**PAID, "usd_per_heldout_point": 0.29, "usd_by_machine": machines}
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    shown = page_of(run).text
+    for words in (
+        "What it cost", "all of it 12 100.0 %", "held-out accuracy gained (strict) 0.29", "without work 3 25.0 %",
+        "staler than the bound 0.6 5.0 %", "rejected 0.25 2.1 %", "paid for anna 8 66.7 %",
+    ):  # fmt: skip
+        assert words in shown, (words, shown)
+    path.unlink()
+    write_metrics(run, [step(1), step(2, **PAID)])
+    assert "all of it 12 100.0 %" in page_of(run).text, "a run that goes on tells its newest step's"
+
+
 def test_the_page_refers_to_nothing_outside_itself_and_runs_no_script(run: Path) -> None:
     page = page_of(run)
     assert not {"script", "link", "iframe", "object", "form", "base"} & {name for name, _ in page.elements}

@@ -40,6 +40,25 @@ def test_the_index_finds_what_a_search_finds(
         assert all(a == b for a, b in zip(continuation[len(text) - end :], continuation, strict=False))
 
 
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=20), st.lists(st.integers(0, 2), max_size=4), st.integers(1, 3))
+def test_what_lies_beyond_is_looked_up_in_what_is_certain(text: list[int], beyond: list[int], width: int) -> None:
+    index = SuffixIndex(3, 1, width)
+    index.add(text)
+    whole = [*text, *beyond]
+    ends: list[int] = []
+    for length in (3, 2, 1):
+        if length <= len(whole):
+            suffix = whole[len(whole) - length :]
+            ends = [end for end in range(length, len(text)) if text[end - length : end] == suffix]
+        if ends:
+            break
+    found = index.continuations(4, beyond)
+    assert len(found) == min(width, len(ends)) and index.ids == text
+    for continuation, end in zip(found, reversed(ends), strict=False):
+        known = text[end : end + 4]
+        assert continuation[: len(known)] == known and len(continuation) == 4
+
+
 @given(st.lists(st.lists(st.integers(0, 3), max_size=5), max_size=4))
 def test_merged_texts_are_the_paths_of_one_tree(several: list[list[int]]) -> None:
     tokens, parents = merged(several)

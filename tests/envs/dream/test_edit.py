@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 
-from shoal.envs.dream.edit import EditError, Insert, Navigate, Remove, Set, apply, diff
-from shoal.envs.dream.script import SAME, read_script, script_grammar, write_script
+from shoal.envs.dream.edit import KEEP, EditError, Insert, Load, Navigate, Remove, Set, apply, diff, load
+from shoal.envs.dream.script import SAME, brief, read_script, script_grammar, write_script
 from shoal.envs.web.tree import Node, Page
 from shoal.errors import RecordError
 
@@ -52,6 +52,34 @@ def test_a_difference_applied_is_the_other_page(before: Page, after: Page) -> No
     script = diff(before, after)
     assert apply(script, before) == after
     assert len(script) <= size(before) + 4 * size(after) + 1
+
+
+@given(pages(), pages())
+@settings(max_examples=80)
+def test_another_document_keeps_what_stayed_and_is_the_other_page(before: Page, after: Page) -> None:
+    whole = load(before, after)
+    assert whole is not None
+    assert apply((whole,), before) == after
+    old = {node.id: node for node in before.root.walk() if node.id}
+    for node in after.root.walk():
+        if node.id and old.get(node.id) == node and node in after.root.children:
+            assert Node(role=KEEP, id=node.id) in whole.nodes
+    script = brief(before, after)
+    assert apply(read_script(write_script(script)), before) == after
+    assert len(write_script(script)) <= 2 * len(write_script(diff(before, after))) + 40
+
+
+def test_a_document_that_cannot_be_is_refused_or_mended() -> None:
+    link = Node(id="1", role="link", name="a")
+    page = Page(url="u", root=Node(role="RootWebArea", name="old", children=(link,)))
+    for nodes, mended in (
+        ((Node(role=KEEP, id="9"),), ()),
+        ((Node(role=KEEP, id="1"), Node(role="button", id="1")), (link,)),
+    ):
+        with pytest.raises(EditError):
+            apply((Load("v", "new", nodes),), page)
+        made = apply((Load("v", "new", nodes),), page, strict=False)
+        assert made == Page(url="v", root=Node(role="RootWebArea", name="new", children=mended))
 
 
 @given(pages())
@@ -124,19 +152,30 @@ def test_an_edit_that_does_not_fit_is_refused_or_left_out(edit: Remove | Set | I
 @settings(max_examples=20)
 def test_the_grammar_takes_every_real_script(before: Page, after: Page) -> None:
     """The words of real pages have no control characters."""
-    script = diff(before, after)
-    text = write_script(script)
     tokenizer = LLTokenizer("byte")
-    matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(script_grammar(before).text))
-    tokens = tokenizer.tokenize_str(text)
-    assert matcher.try_consume_tokens(tokens) == len(tokens), f"{matcher.get_error()}: {text}"
-    assert matcher.is_accepting()
+    reasoned = f"It leads there.\n{write_script(brief(before, after))}"
+    for text, chars in ((write_script(diff(before, after)), 0), (reasoned, 40)):
+        matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(script_grammar(before, reason_chars=chars).text))
+        tokens = tokenizer.tokenize_str(text)
+        assert matcher.try_consume_tokens(tokens) == len(tokens), f"{matcher.get_error()}: {text}"
+        assert matcher.is_accepting()
 
 
 def test_the_grammar_names_no_element_that_is_not_there() -> None:
-    page = Page(url="u", root=Node(role="RootWebArea", children=(Node(id="12", role="link"),)))
+    page = Page(url="http://a.test/b", root=Node(role="RootWebArea", children=(Node(id="12", role="link"),)))
     tokenizer = LLTokenizer("byte")
-    for text, taken in (("remove [12]", True), ("remove [13]", False), ("set [12.0] name 'a'", True), ("go", False)):
+    for text, taken in (
+        ("remove [12]", True),
+        ("remove [13]", False),
+        ("set [12.0] name 'a'", True),
+        ("go", False),
+        ("load 'http://a.test/c' 'C'\n\t[12] keep ''\n\t[14] link 'x', focused", True),
+        ("load 'http://b.test/c' 'C'", False),
+        ("load 'http://a.test/c' 'C'\n\t[13] keep ''", False),
+        ("load 'http://a.test/c' 'C'\n\t[14] banana 'x'", False),
+        ("set [12] states 'checked focused'", True),
+        ("set [12] states 'happy'", False),
+    ):
         matcher = LLMatcher(tokenizer, LLMatcher.grammar_from_lark(script_grammar(page).text))
         tokens = tokenizer.tokenize_str(text)
         assert (matcher.try_consume_tokens(tokens) == len(tokens)) is taken, text

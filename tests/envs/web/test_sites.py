@@ -43,6 +43,21 @@ def test_a_seed_is_one_task_and_doing_nothing_is_not_enough(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
+def test_with_content_of_its_own_a_site_is_the_same_and_its_tasks_differ(kind: str) -> None:
+    template = TEMPLATES[kind]
+    instances = [Instance(template, seed, 7) for seed in SEEDS]
+    for one in instances:
+        template.do(one.site, one.params)
+        assert one.succeeded(one.wanted or "")
+    assert len({one.instruction for one in instances}) > 1
+    assert template.site(1, 7).state() == template.site(1, 7).state()
+    others = {
+        repr(vars(template.site(seed, 7)).get("accounts") or template.site(seed, 7).show([], {})) for seed in SEEDS
+    }
+    assert len(others) == 1, "the first page says the same whatever the seed"
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
 def test_another_instance_done_is_a_mistake(kind: str) -> None:
     template = TEMPLATES[kind]
     mistakes = 0

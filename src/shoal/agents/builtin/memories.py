@@ -5,7 +5,7 @@ What is added is a candidate: it is found by searches only once trials have show
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,10 +14,11 @@ from pydantic import BaseModel, Field
 from shoal.agents.tools.card import Use
 from shoal.agents.tools.function import FunctionTool, ToolError
 from shoal.agents.tools.toolbox import Callee
-from shoal.errors import RecordError
+from shoal.errors import ConfigError, RecordError
 from shoal.fabric.identity import Identity, data_dir
 from shoal.memory.extract import screen
 from shoal.memory.keeper import Keeper
+from shoal.memory.recall import Recall
 from shoal.memory.records import MAX_ENTRY_CHARS, MAX_NAME_CHARS, Entry, Provenance
 from shoal.memory.screening import find_order, normalise
 
@@ -41,9 +42,25 @@ class Kept(BaseModel):
     status: str
 
 
+NOTE_BYTES = 2000
+"""The longest block of notes before a task: no tokenizer makes more tokens of it than bytes."""
+
+
+def notes_from(folder: Path) -> Callable[[str], Recall]:
+    """What a folder of memories has on a task, as a block to put before it.
+
+    Raises:
+        ConfigError: there are no memories in the folder.
+    """
+    if not (folder / "memory.db").exists():
+        raise ConfigError(f"there are no memories in {folder}.", "Name the folder of a node's memories.")
+    keeper = Keeper(folder, Identity.load_or_create(data_dir()))
+    return lambda task: keeper.recall(task, max_tokens=NOTE_BYTES, count_tokens=lambda text: len(text.encode()))
+
+
 def memory_tools(root: Path | None = None) -> Sequence[Callee]:
     """Tools that search and add to the memories in a folder, by default this machine's."""
-    keeper = Keeper(root or data_dir() / "memory", Identity.load_or_create(data_dir()).node_id)
+    keeper = Keeper(root or data_dir() / "memory", Identity.load_or_create(data_dir()))
 
     def search_memories(
         query: Annotated[str, Field(min_length=1, max_length=2000)],

@@ -9,6 +9,11 @@
     posing       planners, weights, vote                                       over the fabric
     sharing      one ledger for all                                            over the fabric
     node         all of it, for one node
+    model, policies, experts    who does steps and writes chains: models with adapters, endpoints, agents with tools
+    life         a node joined by ticket
+    episodes, environment       what was done, kept and learnt again
+    problems     problems of two skills, to learn and measure
+    baselines    what all this is compared with
 
 What everybody knows of everybody is `swarm.ledger`; what that is worth, and how it decides, is `planning.skills` and
 `planning.selection`.

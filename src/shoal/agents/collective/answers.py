@@ -14,12 +14,15 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from shoal.envs.extract import last_number, parse_number
+
 MAX_CHARS = 2000
 """Of an answer; more is no answer."""
 
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?")
 _FRACTION = re.compile(r"([+-]?\d+)\s*/\s*(\d+)")
 _OPTION = re.compile(r"\(?([a-z])[).:]?")
+_BRACKETED = re.compile(r"\(([A-Za-z])\)")
 _ARTICLE = re.compile(r"^(?:the|a|an)\s+(?=\S)")
 _EDGES = " \t\n\"'`*_.,;:!?()[]{}"
 
@@ -41,6 +44,19 @@ def canonical(answer: str) -> str | None:
     while (shorter := _ARTICLE.sub("", words).strip(_EDGES)) != words:
         words = shorter
     return words or None
+
+
+def is_right(answer: str | None, truth: str) -> bool:
+    """Whether an answer is the known one: the same in canonical form, or one whose last number or option it is."""
+    if answer is None:
+        return False
+    if canonical(answer) == canonical(truth):
+        return True
+    if option := _BRACKETED.fullmatch(truth.strip()):
+        named = _BRACKETED.findall(answer)
+        return bool(named) and named[-1].casefold() == option[1].casefold()
+    gold = parse_number(truth)
+    return gold is not None and last_number(answer) == gold
 
 
 def _plain(value: Fraction) -> str:

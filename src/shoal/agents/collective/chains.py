@@ -6,7 +6,8 @@
 
 Invariants: a step has one holder at a time, and only its holder is briefed and believed; a step's result is taken once;
 what is asked of one executor is never told to another; a chain ends by its deadline, with an answer or a reason; every
-hand-over that its executor acknowledged ends in one contribution of the ledger: delivered, failed or late.
+hand-over that its executor acknowledged ends in one contribution of the ledger: delivered, failed or late. Who did a
+chain's steps is remembered for its verdict, of at most `MAX_REMEMBERED` chains.
 """
 
 from __future__ import annotations
@@ -15,17 +16,39 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from shoal.agents.collective.executor import MAX_BYTES, brief_key, digest, hand_over, offer_to, report_key
+from shoal.agents.collective.executor import (
+    MAX_BYTES,
+    brief_key,
+    digest,
+    hand_over,
+    offer_to,
+    report_key,
+    verdict_key,
+)
 from shoal.agents.collective.market import Market
 from shoal.agents.collective.work import PlannedStep
-from shoal.errors import RecordError
+from shoal.errors import NetworkError, RecordError
 from shoal.fabric.fabric import Fabric
+from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.collective import Brief, Briefing, ChainResult, Place, Report, Reported, StepDone, Take
+from shoal.protocol.collective import (
+    MAX_SHOWN_CHARS,
+    Brief,
+    Briefing,
+    ChainResult,
+    Place,
+    Report,
+    Reported,
+    StepDone,
+    StepView,
+    Take,
+    Verdict,
+)
 from shoal.protocol.ledger import Contribution, Delivery
 from shoal.protocol.roster import SignedRecord
 from shoal.swarm.signing import verified
@@ -45,6 +68,10 @@ TRIES = 10
 """To hand a step to one node and no other."""
 
 MAX_CHAINS = 256
+MAX_REMEMBERED = 256
+
+TELL_S = 3.0
+"""An executor that does not hear its verdict within this goes without."""
 
 
 @dataclass
@@ -64,13 +91,29 @@ class Step:
 
 
 class Chain:
-    """One chain of one problem."""
+    """One chain of one problem.
 
-    def __init__(self, problem: str, chain: str, steps: Sequence[PlannedStep], deadline: float) -> None:
+    Args:
+        tokens: that writing it took.
+        passed_on: executors hand the next step over themselves; False: each comes back here, as to a scheduler.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        chain: str,
+        steps: Sequence[PlannedStep],
+        deadline: float,
+        tokens: int = 0,
+        *,
+        passed_on: bool = True,
+    ) -> None:
         self.problem = problem
         self.id = chain
         self.steps = [Step(one) for one in steps]
         self.deadline = deadline
+        self.tokens = tokens
+        self.passed_on = passed_on
         self.changed = asyncio.Condition()
         self.reason = ""
 
@@ -85,13 +128,25 @@ class Chain:
     def briefing(self, number: int, lease_s: float) -> Briefing:
         """What the holder of a step is told."""
         planned = self.steps[number].planned
-        last = number + 1 == len(self.steps)
+        last = number + 1 == len(self.steps) or not self.passed_on
         return Briefing(
             requirement=planned.requirement,
             task=planned.task,
             needed={one: self.steps[one].result or "" for one in planned.needs},
             next_requirement="" if last else self.steps[number + 1].planned.requirement,
             lease_s=lease_s,
+        )
+
+    def view(self) -> tuple[StepView, ...]:
+        """How far it is, for its poser to read."""
+        return tuple(
+            StepView(
+                requirement=step.planned.requirement,
+                task=step.planned.task[:MAX_SHOWN_CHARS],
+                executor=step.holder,
+                result=(step.result or "")[:MAX_SHOWN_CHARS],
+            )
+            for step in self.steps
         )
 
     def result(self) -> ChainResult:
@@ -102,6 +157,8 @@ class Chain:
             chain=self.id,
             answer=self.steps[-1].result if finished else None,
             done=tuple(step.done for step in self.steps if step.done is not None) if finished else (),
+            steps=self.view(),
+            tokens=self.tokens,
             reason="" if finished else (self.reason or "it did not end in time"),
         )
 
@@ -128,6 +185,8 @@ class Chains:
         self._credit = credit
         self._lease_s = lease_s
         self._chains: dict[str, Chain] = {}
+        self._done_by: OrderedDict[str, list[tuple[Place, bytes]]] = OrderedDict()
+        """Ended chain -> its steps and who did them."""
 
     async def start(self, admits: Callable[[bytes], bool]) -> None:
         """Begin to brief and to hear reports."""
@@ -137,9 +196,24 @@ class Chains:
         )
         await self._fabric.serve(report_key(node), self._report, max_bytes=MAX_BYTES, backlog=256, allow=admits)
 
-    def running(self, chain: str) -> bool:
-        """Whether this node still watches over a chain."""
-        return chain in self._chains
+    def view(self, chain: str) -> tuple[StepView, ...]:
+        """How far a chain is; empty for one that does not run here."""
+        found = self._chains.get(chain)
+        return found.view() if found is not None else ()
+
+    async def judge(self, chain: str, score: float) -> None:
+        """Tell those who did an ended chain's steps what its answer turned out to be worth."""
+        done = self._done_by.pop(chain, [])
+        await asyncio.gather(*(self._tell(executor, Verdict(place=place, score=score)) for place, executor in done))
+
+    async def _tell(self, executor: bytes, verdict: Verdict) -> None:
+        key = verdict_key(node_id_of(executor))
+        try:
+            await self._fabric.request(
+                key, encode(verdict), TELL_S, to=executor, max_reply_bytes=16, absent_grace_s=0.2
+            )
+        except NetworkError as error:
+            log.debug("a verdict was not heard: %s", error)  # Who keeps no episodes listens for none.
 
     async def run(self, chain: Chain, first: bytes = b"") -> ChainResult:
         """See a chain through.
@@ -160,6 +234,10 @@ class Chains:
                     await self._watch(chain, reassign=not first)
         finally:
             del self._chains[chain.id]
+            done = [(chain.place(n), step.holder) for n, step in enumerate(chain.steps) if step.done is not None]
+            self._done_by[chain.id] = done
+            while len(self._done_by) > MAX_REMEMBERED:
+                self._done_by.popitem(last=False)
             held = chain.steps[chain.at] if chain.at < len(chain.steps) else None
             if held is not None and held.holder:
                 self._ended(chain, chain.at, "late")
@@ -192,9 +270,10 @@ class Chains:
         step = chain.steps[number]
         take = Take(place=chain.place(number), planner=self._fabric.identity.public_key, lease_s=self._lease_s)
         requirement = step.planned.requirement
-        key = await hand_over(self._fabric, self._market, take, requirement, frozenset(step.failed))
-        if not key and step.failed:
-            key = await hand_over(self._fabric, self._market, take, requirement)
+        candidates = await self._market.choose(requirement, self._lease_s)
+        # Those who failed with it once are asked when nobody else takes it.
+        candidates.sort(key=lambda one: one.candidate.key in step.failed)
+        key = await hand_over(self._fabric, candidates, take)
         if key:
             await self._hold(chain, number, key)
         else:
@@ -222,7 +301,9 @@ class Chains:
         step = chain.steps[number]
         if step.acknowledged:
             tokens, seconds = (done.tokens, done.seconds) if done is not None else (0, 0.0)
-            what = Contribution(problem=chain.problem, step=number, delivery=delivery, tokens=tokens, seconds=seconds)
+            what = Contribution(
+                problem=chain.problem, chain=chain.id, step=number, delivery=delivery, tokens=tokens, seconds=seconds
+            )
             self._credit(step.holder, what)
         if delivery != "delivered":
             step.failed.add(step.holder)

@@ -1,7 +1,8 @@
 """A planner's first part: take commissions, have chains written, and tell the poser how each ended.
 
 Invariants: at most `MAX_COMMISSIONS` at once; a chain that was written is checked before anybody hears of it; every
-commission ends by its deadline, and its poser is told.
+commission ends by its deadline, and its poser is told; a verdict is taken from the poser that commissioned the chain,
+once, and passed on to those who did its steps.
 """
 
 from __future__ import annotations
@@ -9,22 +10,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from shoal.agents.collective.chains import Chain, Chains
+from shoal.agents.collective.chains import MAX_REMEMBERED, Chain, Chains
 from shoal.agents.collective.executor import MAX_BYTES
-from shoal.agents.collective.posing import ASK_S, commission_key, result_key, underway_key
-from shoal.agents.collective.work import NoChain, PlannedStep, Writer
+from shoal.agents.collective.posing import ASK_S, commission_key, judged_key, result_key, underway_key
+from shoal.agents.collective.work import NoChain, Plan, PlannedStep, Writer
 from shoal.errors import NetworkError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.collective import MAX_STEPS, ChainResult, Commission, Underway
+from shoal.protocol.collective import MAX_STEPS, ChainResult, Commission, Judged, Progress, Underway
 
 log = logging.getLogger("shoal.collective")
 
 MAX_COMMISSIONS = 64
+
+OnPlan = Callable[[str, Plan, float | None], None]
+"""Told of each chain that ran and what its answer turned out to be worth; None where nobody said."""
 
 
 class Commissions:
@@ -33,29 +38,46 @@ class Commissions:
     Args:
         writer: None: this node writes no chains.
         skills: what the ledger has attestations of.
+        on_plan: told of each chain that was written here, for instance to keep its episode.
     """
 
     def __init__(
-        self, fabric: Fabric, chains: Chains, writer: Writer | None, skills: Callable[[], Sequence[str]]
+        self,
+        fabric: Fabric,
+        chains: Chains,
+        writer: Writer | None,
+        skills: Callable[[], Sequence[str]],
+        on_plan: OnPlan | None = None,
     ) -> None:
         self._fabric = fabric
         self._chains = chains
         self._writer = writer
         self._skills = skills
+        self._on_plan = on_plan
         self._at_work: dict[str, asyncio.Task[None]] = {}
+        self._awaiting: OrderedDict[str, tuple[bytes, Plan]] = OrderedDict()
+        """Chains that ended, with their posers."""
 
     async def start(self, admits: Callable[[bytes], bool]) -> None:
         """Begin to take commissions."""
         node = self._fabric.identity.node_id
         await self._fabric.serve(commission_key(node), self._take, max_bytes=MAX_BYTES, allow=admits)
         await self._fabric.serve(underway_key(node), self._underway, max_bytes=4096, allow=admits)
+        await self._fabric.serve(judged_key(node), self._judged, max_bytes=4096, backlog=256, allow=admits)
 
     async def close(self) -> None:
-        """Stop all of them."""
+        """Stop all of them; plans that still wait for a verdict are given on without one."""
         tasks = list(self._at_work.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        while self._awaiting:
+            self._give_on_oldest()
+
+    def _give_on_oldest(self) -> None:
+        chain, (_, plan) = self._awaiting.popitem(last=False)
+        if self._on_plan is not None:
+            self._on_plan(chain, plan, None)
 
     async def _take(self, request: Request) -> bytes:
         wanted = decode(request.body, Commission, max_bytes=MAX_BYTES)
@@ -71,8 +93,12 @@ class Commissions:
         deadline = time.monotonic() + wanted.deadline_s
         try:
             async with asyncio.timeout(wanted.deadline_s):
-                steps = await writer.write(wanted.text, self._skills())
-            result = await self._chains.run(Chain(wanted.problem, wanted.chain, checked(steps), deadline))
+                plan = await writer.write(wanted.text, self._skills())
+            chain = Chain(wanted.problem, wanted.chain, checked(plan.steps), deadline, plan.tokens)
+            result = await self._chains.run(chain)
+            self._awaiting[wanted.chain] = (poser, plan)
+            if len(self._awaiting) > MAX_REMEMBERED:
+                self._give_on_oldest()
         except (NoChain, TimeoutError) as error:
             why = str(error)[:500] or "no chain was written in time"
             result = ChainResult(problem=wanted.problem, chain=wanted.chain, answer=None, reason=why)
@@ -84,8 +110,18 @@ class Commissions:
             log.info("nobody waits for chain %s any more: %s", result.chain, error)
 
     async def _underway(self, request: Request) -> bytes:
-        asked = decode(request.body, Underway, max_bytes=4096)
-        return encode(Underway(chains=tuple(one for one in asked.chains if one in self._at_work)))
+        chain = decode(request.body, Underway, max_bytes=4096).chain
+        return encode(Progress(here=chain in self._at_work, steps=self._chains.view(chain)))
+
+    async def _judged(self, request: Request) -> bytes:
+        judged = decode(request.body, Judged, max_bytes=4096)
+        poser, plan = self._awaiting.get(judged.chain, (b"", None))
+        if plan is not None and poser == request.sender_key:
+            del self._awaiting[judged.chain]
+            await self._chains.judge(judged.chain, judged.score)
+            if self._on_plan is not None:
+                self._on_plan(judged.chain, plan, judged.score)
+        return b""
 
 
 def checked(steps: Sequence[PlannedStep]) -> list[PlannedStep]:

@@ -1,18 +1,26 @@
 """An executor's part: take a step, learn what it is, do it, find who does the next one, report.
 
-    Take ──▶ slot? ──▶ Brief to the planner ──▶ expert.act ──▶ choose and hand over the next step ──▶ signed Report
-                         └── "at work" to the planner every third of the lease, until it says stop
+    Take ──▶ slot? ──▶ Brief to the planner ──▶ expert.act ───────────────▶ hand over the next step ──▶ signed Report
+                         │                       └── meanwhile: who could do the next one? ──┘               │
+                         └── "at work" to the planner every third of the lease, until it says stop        Verdict
+
+The beacon for the next step goes out soon after this one begins (once other chains' hand-overs of the same moment are
+over), so that nobody waits for offers when it is done; those of a step that took longer than `FRESH_S` are asked for
+again.
 
 Invariants: at most `slots` steps at once, and availability says how many are free; a step that its planner has given to
-somebody else, or whose planner cannot be reached for a lease, is stopped; nothing of a step is kept after its report.
+somebody else, or whose planner cannot be reached for a lease, is stopped; nothing of a step is kept after its report
+but what `on_work` is to have, which waits for its planner's verdict: of at most `MAX_AWAITING` steps.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 
 from blake3 import blake3
 
@@ -22,6 +30,7 @@ from shoal.errors import NetworkError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
+from shoal.planning.selection import Chosen
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.collective import (
     MAX_RESULT_CHARS,
@@ -35,6 +44,7 @@ from shoal.protocol.collective import (
     StepDone,
     Take,
     Taken,
+    Verdict,
 )
 from shoal.swarm.signing import sign
 
@@ -50,6 +60,18 @@ TAKE_S = 3.0
 BEATS = 3
 """Signs of life in a lease."""
 
+AHEAD_S = 0.25
+"""After so long in a step, the next one's beacon goes out."""
+
+FRESH_S = 5.0
+"""Into a step, such offers are good; who has no time any more says so when it is asked."""
+
+MAX_AWAITING = 256
+"""Finished steps whose verdict is waited for; of more, the oldest is given on without one."""
+
+OnWork = Callable[[Place, Work, float | None], None]
+"""Told of each finished step and what the chain's answer turned out to be worth; None where nobody said."""
+
 
 def take_key(node: str) -> str:
     """Where a node is handed steps."""
@@ -64,6 +86,11 @@ def brief_key(node: str) -> str:
 def report_key(node: str) -> str:
     """Where a planner hears how steps go."""
     return f"collective/{node}/report"
+
+
+def verdict_key(node: str) -> str:
+    """Where an executor hears what came of its steps."""
+    return f"collective/{node}/verdict"
 
 
 def digest(result: str) -> bytes:
@@ -83,11 +110,9 @@ async def offer_to(fabric: Fabric, key: bytes, take: Take) -> bool:
         return False
 
 
-async def hand_over(
-    fabric: Fabric, market: Market, take: Take, requirement: str, without: frozenset[bytes] = frozenset()
-) -> bytes:
-    """Find who does a step; returns its key, empty where nobody takes it."""
-    for one in await market.choose(requirement, take.lease_s, without):
+async def hand_over(fabric: Fabric, candidates: Iterable[Chosen], take: Take) -> bytes:
+    """Give a step to the first candidate that takes it; returns its key, empty where nobody does."""
+    for one in candidates:
         if await offer_to(fabric, one.candidate.key, take):
             return one.candidate.key
     return b""
@@ -99,7 +124,7 @@ class Executor:
     Args:
         slots: steps at once.
         price_usd: asked for a step.
-        on_work: told of each finished step, for instance to keep its episode.
+        on_work: told of each finished step, for instance to keep its episode; None: nothing is kept of any.
     """
 
     def __init__(
@@ -110,7 +135,7 @@ class Executor:
         *,
         slots: int = 1,
         price_usd: float = 0.0,
-        on_work: Callable[[Place, Work], None] = lambda place, work: None,
+        on_work: OnWork | None = None,
     ) -> None:
         self._fabric = fabric
         self._run = run
@@ -119,6 +144,9 @@ class Executor:
         self._price_usd = price_usd
         self._on_work = on_work
         self._tasks: dict[Place, asyncio.Task[None]] = {}
+        self._awaiting: OrderedDict[Place, tuple[bytes, Work]] = OrderedDict()
+        """Finished steps with their planners."""
+        self._draining = False
         self.done = 0
         """Steps finished."""
         self.stopped = 0
@@ -128,7 +156,7 @@ class Executor:
         """What this node offers now. One that does no steps says so: nobody has to wait for it."""
         if self._expert is None:
             return Offer(beacon=beacon.id, availability=0.0)
-        free = max(0, self._slots - len(self._tasks))
+        free = 0 if self._draining else max(0, self._slots - len(self._tasks))
         return Offer(
             beacon=beacon.id,
             availability=free / self._slots,
@@ -136,24 +164,55 @@ class Executor:
             claims=dict(self._expert.claims),
         )
 
+    @property
+    def num_at_work(self) -> int:
+        """Steps that are being done."""
+        return len(self._tasks)
+
+    def drain(self) -> None:
+        """Take no further steps."""
+        self._draining = True
+
+    async def idle(self) -> None:
+        """Wait until no step is at work."""
+        while self._tasks:
+            await asyncio.wait(list(self._tasks.values()))
+
     async def start(self, market: Market, admits: Callable[[bytes], bool]) -> None:
         """Begin to take steps."""
         self._market = market
         key = take_key(self._fabric.identity.node_id)
         await self._fabric.serve(key, self._take, max_bytes=4096, backlog=64, allow=admits)
+        heard = verdict_key(self._fabric.identity.node_id)
+        await self._fabric.serve(heard, self._judged, max_bytes=4096, backlog=256, allow=admits)
 
     async def close(self) -> None:
-        """Stop all work."""
+        """Stop all work; what still waits for a verdict is given on without one."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        while self._awaiting:
+            self._give_on_oldest()
+
+    async def _judged(self, request: Request) -> bytes:
+        verdict = decode(request.body, Verdict, max_bytes=4096)
+        waiting = self._awaiting.get(verdict.place)
+        if waiting is not None and waiting[0] == request.sender_key and self._on_work is not None:
+            del self._awaiting[verdict.place]
+            self._on_work(verdict.place, waiting[1], verdict.score)
+        return b""
+
+    def _give_on_oldest(self) -> None:
+        place, (_, work) = self._awaiting.popitem(last=False)
+        assert self._on_work is not None, "only then anything waits"
+        self._on_work(place, work, None)
 
     async def _take(self, request: Request) -> bytes:
         take = decode(request.body, Take, max_bytes=4096)
         if take.place in self._tasks:
             return encode(Taken(accepted=True))  # The same hand-over once more: its first answer was lost.
-        if len(self._tasks) >= self._slots:
+        if self._draining or len(self._tasks) >= self._slots:
             return encode(Taken(accepted=False, reason="no slot is free"))
         task = asyncio.create_task(self._work(take))
         self._tasks[take.place] = task
@@ -191,35 +250,55 @@ class Executor:
     async def _act(self, place: Place, planner: bytes, briefing: Briefing) -> None:
         assert self._expert is not None, "only a node with an expert has slots"
         began = time.monotonic()
+        requirement = briefing.next_requirement
+        choosing = asyncio.create_task(self._choose_ahead(requirement, briefing.lease_s)) if requirement else None
         try:
             work = await self._expert.act(SubTask(briefing.requirement, briefing.task, briefing.needed))
+            result, seconds = work.result[:MAX_RESULT_CHARS], time.monotonic() - began
+            following = b""
+            if choosing is not None:
+                candidates = await choosing if AHEAD_S < seconds < FRESH_S else ()
+                after = Place(place.problem, place.chain, place.step + 1)
+                take = Take(place=after, planner=planner, lease_s=briefing.lease_s)
+                following = await hand_over(self._fabric, candidates, take)
+                if not following:
+                    again = await self._market.choose(requirement, briefing.lease_s)
+                    following = await hand_over(self._fabric, again, take)
         except StepFailed as error:
             await self._report(planner, Report(place=place, failure=str(error)[:512] or "it failed"))
             return
-        result = work.result[:MAX_RESULT_CHARS]
-        following = b""
-        if briefing.next_requirement:
-            after = Place(place.problem, place.chain, place.step + 1)
-            take = Take(place=after, planner=planner, lease_s=briefing.lease_s)
-            following = await hand_over(self._fabric, self._market, take, briefing.next_requirement)
+        finally:
+            if choosing is not None:
+                choosing.cancel()
+                await asyncio.gather(choosing, return_exceptions=True)
         done = StepDone(
             run=self._run,
             place=place,
             requirement=briefing.requirement,
             result_hash=digest(result),
             tokens=work.tokens,
-            seconds=time.monotonic() - began,
+            seconds=seconds,
         )
         report = Report(place=place, result=result, done=sign(self._fabric.identity, done), next=following)
+        if self._on_work is not None:
+            self._awaiting[place] = (planner, work)  # Before the report: the verdict may come with its answer.
+            if len(self._awaiting) > MAX_AWAITING:
+                self._give_on_oldest()
         if await self._report(planner, report):
             self.done += 1
-            self._on_work(place, work)
+        else:
+            self._awaiting.pop(place, None)  # Somebody else's result stands in its place.
+
+    async def _choose_ahead(self, requirement: str, lease_s: float) -> list[Chosen]:
+        await asyncio.sleep(AHEAD_S)
+        return await self._market.choose(requirement, lease_s)
 
     async def _beat(self, place: Place, planner: bytes, lease_s: float) -> None:
         """Say "at work" until the planner says stop, or has not answered for a lease."""
         heard = time.monotonic()
         while time.monotonic() - heard < lease_s:
-            await asyncio.sleep(lease_s / BEATS)
+            # Not all at one time, where many steps began together.
+            await asyncio.sleep(lease_s / BEATS * random.uniform(0.6, 1.0))
             try:
                 if not await self._report(planner, Report(place=place)):
                     return

@@ -3,8 +3,9 @@
     choose ──Beacon, published──▶ every agent ──Offer, sealed──▶ asker ──rank (`planning.selection`)──▶ the best first
 
 Invariants: a beacon says what is required and nothing of the problem; an offer counts once a sender and only for a
-beacon that is being listened to; listening ends when everybody has answered, and at the latest after `listens_s`; who
-offers never ranks itself: the asker reads the ledger, about itself too, where only others write.
+beacon that is being listened to; listening ends when everybody has answered, after `listens_s` if anybody has time, and
+at the latest after `PATIENCE_S`; who offers never ranks itself: the asker reads the ledger, about itself too, where
+only others write.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ TOPIC = "collective/beacon"
 MAX_BYTES = 16 * 1024
 LISTENS_S = 0.08
 """On links with little delay; a network's own round trip comes on top."""
+
+PATIENCE_S = 3.0
+"""While nobody at all has offered: machines may be so busy that all answers are late."""
 
 OFFER_S = 5.0
 MAX_OFFERS = 256
@@ -83,17 +87,24 @@ class Market:
         offers = self._open[beacon.id] = {}
         heard = self._heard[beacon.id] = asyncio.Event()
         try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._listens_s):
-                    await self._fabric.publish(TOPIC, encode(beacon))
-                    while len(offers) < self._others():
-                        heard.clear()
-                        await heard.wait()
+            await self._hear(beacon, offers, heard)
         finally:
             del self._open[beacon.id], self._heard[beacon.id]
         offers[self._fabric.identity.public_key] = self._offer(beacon)
         candidates = [self._candidate(key, offer) for key, offer in offers.items() if key not in without]
         return rank(self._tally(), candidates, requirement, self._similar)
+
+    async def _hear(self, beacon: Beacon, offers: dict[bytes, Offer], heard: asyncio.Event) -> None:
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(began + max(self._listens_s, PATIENCE_S)) as limit:
+                await self._fabric.publish(TOPIC, encode(beacon))
+                while len(offers) < self._others():
+                    if any(offer.availability > 0 for offer in offers.values()):
+                        limit.reschedule(began + self._listens_s)
+                    heard.clear()
+                    await heard.wait()
 
     def _candidate(self, key: bytes, offer: Offer) -> Candidate:
         return Candidate(node_id_of(key), key, offer.availability, offer.price_usd, offer.claims)

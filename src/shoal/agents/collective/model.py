@@ -1,7 +1,8 @@
 """Models as experts and as writers of chains: any `Sampler`, with a prompt of its own.
 
 An expert's step is a one-turn conversation; what other steps gave is quoted as data. It is an episode as well, with the
-tokens as they were drawn, so an expert can be trained on its own part of what the collective did.
+tokens as they were drawn, so an expert can be trained on its own part of what the collective did, and a planner on its
+chains (`episodes`).
 
 Invariants: a chain is drawn under a grammar, so it parses; its requirements are skills that somebody was attested for,
 where the ledger knows any; a step needs only steps before it; a single step that asks the problem itself is what is
@@ -12,19 +13,21 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+from blake3 import blake3
 
-from shoal.agents.collective.work import NoChain, PlannedStep, StepFailed, SubTask, Work
+from shoal.agents.collective.work import NoChain, Plan, PlannedStep, StepFailed, SubTask, Work
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import CapacityError, ConfigError, ModelError
+from shoal.memory.recall import Recall
 from shoal.protocol.chat import Message
 from shoal.protocol.collective import MAX_REQUIREMENT_CHARS
 from shoal.protocol.episode import Episode, Task, Turn
-from shoal.protocol.sampling import Completion, Grammar, Sampler, SampleRequest, SamplingParams
+from shoal.protocol.sampling import Grammar, Sampler, SampleRequest, SamplingParams
 
 ENVIRONMENT = "agents.collective"
 """What a step's task names as its environment."""
@@ -50,6 +53,7 @@ class SamplerExpert:
 
     Args:
         instructions: the system message: what this expert is, and how it replies.
+        recall: what is remembered for a step's task, as a block to put before it.
     """
 
     sampler: Sampler
@@ -58,35 +62,46 @@ class SamplerExpert:
     instructions: str = ""
     params: SamplingParams = ACTING
     grammar: Grammar | None = None
+    recall: Callable[[str], Recall] | None = None
 
     async def act(self, task: SubTask) -> Work:
         """Do a step; raises `StepFailed` where the model cannot."""
         began = time.time()
         said = [Message(role="system", content=self.instructions)] if self.instructions else []
-        said.append(Message(role="user", content=step_words(task)))
+        words = step_words(task)
+        if self.recall is not None and (notes := self.recall(task.task).text):
+            words = f"{notes}\n\n{words}"
+        said.append(Message(role="user", content=words))
         prompt = self.tokenizer.prompt(said)
         try:
             request = SampleRequest(prompt_ids=tuple(prompt), params=self.params, grammar=self.grammar)
             completion = await self.sampler.sample(request)
         except (CapacityError, ConfigError, ModelError) as error:
             raise StepFailed(f"the model does not do it: {error.problem}") from None
-        episode = self._episode(task, tuple(prompt), said[-1].content, completion, began)
+        data = {"requirement": task.requirement, "shown": said[-1].content, "instructions": self.instructions}
+        if self.grammar is not None:
+            data["grammar"] = msgspec.to_builtins(self.grammar)
+        shown = said[-1].content
+        turn = Turn(context_ids=tuple(prompt), observation=shown, completion=completion, grammar=self.grammar)
+        episode = _episode(turn, data, self.params.temperature, began)
         return Work(completion.text.strip(), tokens=len(prompt) + len(completion.token_ids), episode=episode)
 
-    def _episode(self, task: SubTask, prompt: tuple[int, ...], shown: str, drawn: Completion, began: float) -> Episode:
-        name = secrets.token_hex(8)
-        turn = Turn(context_ids=prompt, observation=shown, completion=drawn, grammar=self.grammar)
-        return Episode(
-            id=name,
-            group=name,
-            index=0,
-            task=Task(env=ENVIRONMENT, id=name, seed=0, data={"requirement": task.requirement, "task": task.task}),
-            turns=(turn,),
-            outcome="done",
-            temperature=self.params.temperature,
-            started_at=began,
-            finished_at=time.time(),
-        )
+
+def _episode(turn: Turn, data: dict[str, Any], temperature: float, began: float) -> Episode:
+    """One turn as an episode; those with the same words are compared with each other."""
+    words = msgspec.json.encode([data.get("instructions", ""), data["shown"]])
+    name = blake3(words).hexdigest(16)
+    return Episode(
+        id=secrets.token_hex(8),
+        group=name,
+        index=0,
+        task=Task(env=ENVIRONMENT, id=name, seed=0, data=data),
+        turns=(turn,),
+        outcome="done",
+        temperature=temperature,
+        started_at=began,
+        finished_at=time.time(),
+    )
 
 
 @dataclass(frozen=True)
@@ -103,24 +118,30 @@ class SamplerWriter:
     params: SamplingParams = PLANNING
     fallback: str = ""
 
-    async def write(self, problem: str, skills: Sequence[str]) -> Sequence[PlannedStep]:
+    async def write(self, problem: str, skills: Sequence[str]) -> Plan:
         """A chain for a problem; raises `NoChain` where the model writes none."""
+        began = time.time()
         said = [
             Message(role="system", content=WRITING.format(steps=STEPS) + known(skills)),
             Message(role="user", content=problem),
         ]
         grammar = Grammar(kind="json_schema", text=msgspec.json.encode(chain_schema(skills)).decode())
         try:
-            request = SampleRequest(prompt_ids=tuple(self.tokenizer.prompt(said)), params=self.params, grammar=grammar)
+            prompt = tuple(self.tokenizer.prompt(said))
+            request = SampleRequest(prompt_ids=prompt, params=self.params, grammar=grammar)
             completion = await self.sampler.sample(request)
         except (CapacityError, ConfigError, ModelError) as error:
             raise NoChain(f"the model writes no chain: {error.problem}") from None
+        tokens = len(prompt) + len(completion.token_ids)
+        turn = Turn(context_ids=prompt, observation=problem, completion=completion, grammar=grammar)
+        data = {"shown": problem, "instructions": said[0].content, "grammar": msgspec.to_builtins(grammar)}
+        episode = _episode(turn, data, self.params.temperature, began)
         try:
-            return read_chain(completion.text)
+            return Plan(read_chain(completion.text), tokens, episode)
         except NoChain:
             if not self.fallback:
                 raise
-            return [PlannedStep(self.fallback, problem)]
+            return Plan([PlannedStep(self.fallback, problem)], tokens, episode, as_asked=False)
 
 
 def step_words(task: SubTask) -> str:

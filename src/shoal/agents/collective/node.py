@@ -21,27 +21,39 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
 from shoal.agents.collective.chains import LEASE_S, Chain, Chains
-from shoal.agents.collective.commissions import Commissions
-from shoal.agents.collective.executor import Executor
+from shoal.agents.collective.commissions import Commissions, OnPlan
+from shoal.agents.collective.executor import Executor, OnWork
 from shoal.agents.collective.market import LISTENS_S, Market
-from shoal.agents.collective.posing import Poser
-from shoal.agents.collective.sharing import Sharing
-from shoal.agents.collective.work import Expert, PlannedStep, Work, Writer
+from shoal.agents.collective.posing import PLANNING, Poser
+from shoal.agents.collective.sharing import OwnEntries, Sharing
+from shoal.agents.collective.work import Expert, PlannedStep, Writer
 from shoal.errors import RecordError
 from shoal.planning.skills import Tally
-from shoal.protocol.collective import Place
+from shoal.protocol.collective import MAX_CLAIMS
 from shoal.protocol.episode import Task
-from shoal.protocol.ledger import MAX_ANSWER_CHARS, Attestation, Contribution
+from shoal.protocol.ledger import MAX_ANSWER_CHARS, MAX_SKILL_CHARS, Attestation, Contribution
+from shoal.protocol.roster import MAX_SKILLS_CHARS
 from shoal.swarm.ledger import Ledger
 from shoal.swarm.member import Member
 
 log = logging.getLogger("shoal.collective")
+
+
+def write_skills(skills: Iterable[str]) -> str:
+    """Skills as a node's record states them, as many as it can hold."""
+    text = "; ".join(skill.replace(";", ",") for skill in skills)
+    return text if len(text) <= MAX_SKILLS_CHARS else text[:MAX_SKILLS_CHARS].rpartition(";")[0]
+
+
+def read_skills(text: str) -> list[str]:
+    """Skills of a node's record."""
+    return [skill for part in text.split(";") if (skill := part.strip()) and len(skill) <= MAX_SKILL_CHARS]
 
 
 class CollectiveNode:
@@ -53,6 +65,8 @@ class CollectiveNode:
         writer: writes chains; None: this node plans none.
         similar: how alike a requirement and a skill are, 0 to 1.
         slots: steps at once.
+        on_work, on_plan: told of steps and chains that were done here (`episodes`).
+        own: where what this node says is kept, if its identity outlives the process.
     """
 
     def __init__(
@@ -68,11 +82,14 @@ class CollectiveNode:
         lease_s: float = LEASE_S,
         listens_s: float = LISTENS_S,
         share_every_s: float = 2.0,
-        on_work: Callable[[Place, Work], None] = lambda place, work: None,
+        on_work: OnWork | None = None,
+        on_plan: OnPlan | None = None,
+        own: OwnEntries | None = None,
     ) -> None:
         self._member = member
         self._fabric = member.fabric
         self.ledger = Ledger(run, member.is_granted)
+        self._own = own
         self._counted: dict[bytes, int] = {}
         self._convicted: frozenset[bytes] = frozenset()
         self._tally = Tally()
@@ -80,20 +97,29 @@ class CollectiveNode:
         self._market = Market(
             self._fabric,
             admits=member.is_granted,
-            others=lambda: len(self._peers()),
+            others=lambda: len(self.peers()),
             offer=self.executor.offer,
             tally=self.tally,
             similar=similar,
             listens_s=listens_s,
         )
         self.chains = Chains(self._fabric, run, self._market, self._credit, lease_s=lease_s)
-        self._sharing = Sharing(self._fabric, self.ledger, self._peers, share_every_s)
-        self._commissions = Commissions(self._fabric, self.chains, writer, lambda: self.tally().skills)
-        self._poser = Poser(self._fabric, run, self._market, tally=self.tally, similar=similar)
+        self._sharing = Sharing(self._fabric, self.ledger, self.peers, share_every_s)
+        self._commissions = Commissions(self._fabric, self.chains, writer, self.skills, on_plan)
+        self._poser = Poser(self._fabric, run, self._market, tally=self.tally, similar=similar, is_here=self._is_here)
         self.solve = self._poser.solve
+        self.told = self._poser.told
         self.choose = self._market.choose
         self._background: asyncio.Task[None] | None = None
         self._stack = AsyncExitStack()
+
+    def skills(self) -> list[str]:
+        """What a chain's steps may require: what is attested, or, while nothing is, what agents say of themselves."""
+        attested = [skill for skill in self.tally().skills if skill != PLANNING]
+        if attested:
+            return attested
+        told = {skill for node in self._member.nodes("agent") for skill in read_skills(node.record.skills)}
+        return sorted(told)[:MAX_CLAIMS]
 
     def tally(self) -> Tally:
         """The ledger's entries, counted up to now."""
@@ -128,34 +154,56 @@ class CollectiveNode:
             return None
         found = min(max(score(result.answer), 0.0), 1.0)
         what = Attestation(skill=skill, task=task, answer=result.answer[:MAX_ANSWER_CHARS], score=found)
-        self.ledger.write(self._fabric.identity, subject, what, time.time())
+        self._say(subject, what)
+        await self.chains.judge(chain.id, found)
         return found
 
     def _credit(self, executor: bytes, what: Contribution) -> None:
         if executor != self._fabric.identity.public_key:
             try:
-                self.ledger.write(self._fabric.identity, executor, what, time.time())
+                self._say(executor, what)
             except RecordError as error:
                 log.warning("a contribution is not in the ledger: %s", error)
+
+    def _say(self, subject: bytes, what: Attestation | Contribution) -> None:
+        signed = self.ledger.write(self._fabric.identity, subject, what, time.time())
+        if self._own is not None:
+            self._own.keep(signed)
 
     # Life
 
     @property
+    def id(self) -> str:
+        """Its node id."""
+        return self._fabric.identity.node_id
+
+    def name_of(self, node_id: str) -> str:
+        """What a node calls itself; its id where that is not known."""
+        found = self._member.node(node_id)
+        return found.record.name or node_id if found is not None else node_id
+
+    @property
     def num_peers(self) -> int:
         """Other agents that are here."""
-        return len(self._peers())
+        return len(self.peers())
 
-    def _peers(self) -> list[bytes]:
-        """The other agents that are here."""
+    def peers(self) -> list[bytes]:
+        """Public keys of the other agents that are here."""
         own = self._fabric.identity.public_key
         return [node.record.public_key for node in self._member.nodes("agent") if node.record.public_key != own]
 
+    def _is_here(self, key: bytes) -> bool:
+        return key in self.peers()
+
     async def __aenter__(self) -> Self:
         admits = self._member.is_granted
+        for signed in self._own or ():
+            self.ledger.merge(signed)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._market)
             stack.push_async_callback(self.executor.close)
             stack.push_async_callback(self._commissions.close)
+            stack.push_async_callback(self._poser.close)
             await self.executor.start(self._market, admits)
             await self.chains.start(admits)
             await self._commissions.start(admits)

@@ -1,8 +1,10 @@
 """A poser's part: find planners, watch over them, weigh what their chains say, and vote.
 
-    choose(PLANNING) ──▶ Commission × M ──▶ ChainResult × M ──▶ weights from the ledger ──▶ `selection.vote`
+    choose(PLANNING) ──▶ Commission × M ──▶ ChainResult × M ──▶ weights from the ledger ──▶ `selection.vote` ──▶ Judged
 
-A planner that falls silent, or whose chain cannot be finished, is replaced by the next best while there is time.
+A planner that falls silent, or whose chain cannot be finished, is replaced by the next best while there is time. What a
+chain was worth is told to those who took part in it: whether its answer was the one that won, or, where the poser can
+score answers, its score.
 
 Invariants: a problem ends by its deadline; a chain counts once, and only from the planner that it was commissioned
 from; the weights are the poser's own, from its ledger and the executors' signatures.
@@ -15,7 +17,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,10 +28,19 @@ from shoal.errors import NetworkError, RecordError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
-from shoal.planning.selection import Ballot, match, vote
+from shoal.planning.selection import Ballot, Chosen, match, vote
 from shoal.planning.skills import Tally
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.collective import ChainResult, Commission, Place, StepDone, Underway
+from shoal.protocol.collective import (
+    ChainResult,
+    Commission,
+    Judged,
+    Place,
+    Progress,
+    StepDone,
+    StepView,
+    Underway,
+)
 from shoal.swarm.signing import verified
 
 log = logging.getLogger("shoal.collective")
@@ -42,7 +53,10 @@ WATCH_S = 1.0
 """How often a poser asks its planners whether they are still at it."""
 
 SILENT = 3
-"""Questions without an answer after which a planner is given up."""
+"""Questions without an answer after which a planner that is gone is given up."""
+
+PATIENT = 3
+"""Times as many, while its connection stands: it may only be busy."""
 
 
 def commission_key(node: str) -> str:
@@ -60,6 +74,15 @@ def result_key(node: str) -> str:
     return f"collective/{node}/result"
 
 
+def judged_key(node: str) -> str:
+    """Where a planner hears what its chains were worth."""
+    return f"collective/{node}/judged"
+
+
+OnProgress = Callable[[str, str, Sequence[StepView]], None]
+"""Told how far chains are: chain, planner's node id, steps."""
+
+
 class ChainView(NamedTuple):
     """One chain, as its poser saw it end."""
 
@@ -71,6 +94,10 @@ class ChainView(NamedTuple):
     weights: tuple[float, ...]
     """Of each step: match times standing of who did it."""
     reason: str
+    steps: tuple[StepView, ...] = ()
+    """What was asked and said, in its planner's words."""
+    tokens: int = 0
+    """Of its planner and its executors, as they say."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +110,11 @@ class Solution:
     chains: tuple[ChainView, ...]
     seconds: float
 
+    @property
+    def tokens(self) -> int:
+        """That all chains took."""
+        return sum(chain.tokens for chain in self.chains)
+
 
 @dataclass
 class _Open:
@@ -93,6 +125,7 @@ class _Open:
     """Chain -> its planner."""
     ended: dict[str, ChainView] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
+    told: OnProgress | None = None
 
 
 class Poser:
@@ -101,6 +134,7 @@ class Poser:
     Args:
         tally: what the ledger says now.
         similar: how alike a requirement and a skill are, 0 to 1.
+        is_here: whether a node's connection stands, by its key.
     """
 
     def __init__(
@@ -111,39 +145,86 @@ class Poser:
         *,
         tally: Callable[[], Tally],
         similar: Callable[[str, str], float],
+        is_here: Callable[[bytes], bool],
     ) -> None:
         self._fabric = fabric
         self._run = run
         self._market = market
         self._tally = tally
         self._similar = similar
+        self._is_here = is_here
         self._open: dict[str, _Open] = {}
+        self._judging: set[asyncio.Task[None]] = set()
 
     async def start(self, admits: Callable[[bytes], bool]) -> None:
         """Begin to hear results."""
         key = result_key(self._fabric.identity.node_id)
         await self._fabric.serve(key, self._take_result, max_bytes=MAX_BYTES, allow=admits)
 
-    async def solve(self, text: str, *, planners: int = 3, timeout_s: float = 120.0) -> Solution:
-        """Have a problem solved by whoever is there."""
+    async def close(self) -> None:
+        """Tell nobody anything any more."""
+        for task in self._judging:
+            task.cancel()
+        await asyncio.gather(*self._judging, return_exceptions=True)
+
+    async def told(self) -> None:
+        """Wait until planners know what their chains were worth."""
+        await asyncio.gather(*self._judging)
+
+    async def solve(
+        self,
+        text: str,
+        *,
+        planners: int = 3,
+        timeout_s: float = 120.0,
+        score: Callable[[str], float] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Solution:
+        """Have a problem solved by whoever is there.
+
+        Args:
+            score: of an answer, 0 to 1, where that can be told; otherwise the answer that wins is taken to be right.
+            on_progress: told every second how far the chains are.
+        """
         began = time.monotonic()
         deadline = began + timeout_s
         problem = secrets.token_hex(8)
-        mine = self._open[problem] = _Open(text)
+        mine = self._open[problem] = _Open(text, told=on_progress)
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(timeout_s):
                     await self._commission(problem, planners, deadline)
-            return self._counted_up(problem, mine, time.monotonic() - began)
+            found = self._counted_up(problem, mine, time.monotonic() - began)
         finally:
             del self._open[problem]
+        for view in found.chains:
+            if view.answer is not None:
+                agrees = canonical(view.answer) == canonical(found.answer or "")
+                worth = min(max(score(view.answer), 0.0), 1.0) if score is not None else float(agrees)
+                self._judge(mine.planners[view.chain], Judged(chain=view.chain, score=worth))
+        return found
+
+    def _judge(self, planner: bytes, judged: Judged) -> None:
+        async def tell() -> None:
+            try:
+                await self._fabric.request(
+                    judged_key(node_id_of(planner)), encode(judged), ASK_S, to=planner, max_reply_bytes=16
+                )
+            except NetworkError as error:
+                log.info("a planner does not hear what its chain was worth: %s", error)
+
+        task = asyncio.create_task(tell())
+        self._judging.add(task)
+        task.add_done_callback(self._judging.discard)
 
     async def _commission(self, problem: str, planners: int, deadline: float) -> None:
         """Keep `planners` chains going until so many have ended with an answer."""
         mine = self._open[problem]
         tried: set[bytes] = set()
         silent: dict[str, int] = {}
+        look_at = time.monotonic() + WATCH_S
         while True:
+            mine.changed.clear()
             answered = sum(view.answer is not None for view in mine.ended.values())
             lacking = planners - answered - (len(mine.planners) - len(mine.ended))
             if answered >= planners:
@@ -152,60 +233,64 @@ class Poser:
                 if len(mine.planners) == len(mine.ended) and mine.ended and not tried:
                     return
                 tried.clear()  # Everybody had a turn; begin again with those that are left.
-            mine.changed.clear()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WATCH_S):
+                async with asyncio.timeout(max(0.0, look_at - time.monotonic())):
                     await mine.changed.wait()
-            await self._look_after(problem, silent)
+            if time.monotonic() >= look_at:
+                await self._look_after(problem, silent)
+                look_at = time.monotonic() + WATCH_S
 
     async def _begin(self, problem: str, count: int, deadline: float, tried: set[bytes]) -> int:
-        """Commission up to `count` more chains; how many planners agreed."""
-        mine = self._open[problem]
+        """Commission up to `count` more chains, all at once; how many planners agreed."""
+        candidates = await self._market.choose(PLANNING, max(0.0, deadline - time.monotonic()), tried)
         begun = 0
-        for one in await self._market.choose(PLANNING, max(0.0, deadline - time.monotonic()), tried):
-            key, chain = one.candidate.key, secrets.token_hex(8)
-            tried.add(key)
-            left_s = max(0.0, deadline - time.monotonic())
-            body = encode(Commission(problem=problem, chain=chain, text=mine.text, deadline_s=left_s))
-            mine.planners[chain] = key
-            try:
-                await self._fabric.request(
-                    f"collective/{one.candidate.id}/commission",
-                    body,
-                    ASK_S,
-                    to=key,
-                    max_reply_bytes=16,
-                    absent_grace_s=0.2,
-                )
-            except NetworkError as error:
-                log.info("%s writes no chain: %s", one.candidate.id, error)
-                mine.planners.pop(chain, None)
-                continue
-            begun += 1
-            if begun == count:
-                break
+        while begun < count and candidates:
+            asked, candidates = candidates[: count - begun], candidates[count - begun :]
+            tried.update(one.candidate.key for one in asked)
+            begun += sum(await asyncio.gather(*(self._ask_for_chain(problem, one, deadline) for one in asked)))
         return begun
+
+    async def _ask_for_chain(self, problem: str, one: Chosen, deadline: float) -> bool:
+        """Commission one chain; whether its planner agreed."""
+        mine = self._open[problem]
+        key, chain = one.candidate.key, secrets.token_hex(8)
+        left_s = max(0.0, deadline - time.monotonic())
+        body = encode(Commission(problem=problem, chain=chain, text=mine.text, deadline_s=left_s))
+        mine.planners[chain] = key
+        try:
+            await self._fabric.request(
+                commission_key(one.candidate.id), body, ASK_S, to=key, max_reply_bytes=16, absent_grace_s=0.2
+            )
+        except NetworkError as error:
+            log.info("%s writes no chain: %s", one.candidate.id, error)
+            del mine.planners[chain]
+            return False
+        return True
 
     async def _look_after(self, problem: str, silent: dict[str, int]) -> None:
         """Ask the planners of chains that have not ended whether they are still at it."""
         mine = self._open[problem]
 
         async def ask(chain: str, key: bytes) -> None:
-            body = encode(Underway(chains=(chain,)))
+            body = encode(Underway(chain=chain))
             try:
                 found = await self._fabric.request(
-                    f"collective/{node_id_of(key)}/underway",
+                    underway_key(node_id_of(key)),
                     body,
                     WATCH_S,
                     to=key,
-                    max_reply_bytes=4096,
+                    max_reply_bytes=MAX_BYTES,
                     absent_grace_s=0.2,
                 )
-                here = chain in decode(found, Underway, max_bytes=4096).chains
-                silent[chain] = 0 if here else silent.get(chain, 0) + 1
+                progress = decode(found, Progress, max_bytes=MAX_BYTES)
+                # One that says itself that it has no such chain was started again.
+                silent[chain] = 0 if progress.here else silent.get(chain, 0) + PATIENT
+                if mine.told is not None and progress.steps:
+                    mine.told(chain, node_id_of(key), progress.steps)
             except (NetworkError, RecordError):
                 silent[chain] = silent.get(chain, 0) + 1
-            if silent[chain] >= SILENT and chain not in mine.ended:
+            patience = SILENT * PATIENT if self._is_here(key) else SILENT
+            if silent[chain] >= patience and chain not in mine.ended:
                 mine.ended[chain] = ChainView(chain, node_id_of(key), None, (), (), "its planner fell silent")
 
         waiting = [(chain, key) for chain, key in mine.planners.items() if chain not in mine.ended]
@@ -229,16 +314,30 @@ class Poser:
         mine = self._open.get(found.problem)
         if mine is None or mine.planners.get(found.chain) != request.sender_key or found.chain in mine.ended:
             return b""
-        executors, weights = self._weighed(found)
-        planner = request.sender
-        mine.ended[found.chain] = ChainView(found.chain, planner, found.answer, executors, weights, found.reason)
+        executors, weights, tokens = self._weighed(found)
+        mine.ended[found.chain] = ChainView(
+            found.chain,
+            request.sender,
+            found.answer,
+            executors,
+            weights,
+            found.reason,
+            found.steps,
+            found.tokens + tokens,
+        )
+        if mine.told is not None:
+            mine.told(found.chain, request.sender, found.steps)
         mine.changed.set()
         return b""
 
-    def _weighed(self, found: ChainResult) -> tuple[tuple[str, ...], tuple[float, ...]]:
-        """Who did the steps, and what each one's word weighs; raises `RecordError` where signatures do not fit."""
+    def _weighed(self, found: ChainResult) -> tuple[tuple[str, ...], tuple[float, ...], int]:
+        """Who did the steps, what each one's word weighs, and their tokens.
+
+        Raises:
+            RecordError: signatures do not fit.
+        """
         if found.answer is None:
-            return (), ()
+            return (), (), 0
         tally = self._tally()
         executors, weights = [], []
         done = [verified(signed, StepDone) for signed in found.done]
@@ -250,4 +349,4 @@ class Poser:
             executors.append(node_id_of(signed.signer))
         if not done or done[-1].result_hash != digest(found.answer):
             raise RecordError("a chain's answer is not what its last executor signed.")
-        return tuple(executors), tuple(weights)
+        return tuple(executors), tuple(weights), sum(step.tokens for step in done)

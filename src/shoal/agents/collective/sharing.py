@@ -2,6 +2,9 @@
 
     every `every_s`: own heads ──▶ a random agent ──▶ the page of what is missing ──▶ … until it is complete
 
+What this node itself has said is kept on disk where it has a lasting identity (`OwnEntries`): who forgot it and began
+anew would contradict itself, and be convicted.
+
 Invariants: both sides ask, so both end with the union; a page is bounded, and so is the number of pages of one round;
 what a page brings is merged by `swarm.ledger`'s rules, whoever sent it.
 """
@@ -11,14 +14,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
-from shoal.errors import NetworkError, RecordError
+from shoal.errors import NetworkError, RecordError, StorageError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
-from shoal.protocol.codec import decode, encode
+from shoal.protocol.codec import decode, encode, read_jsonl, to_json
 from shoal.protocol.ledger import LedgerHeads, LedgerPage
+from shoal.protocol.roster import SignedRecord
 from shoal.swarm.ledger import Ledger
 
 log = logging.getLogger("shoal.collective")
@@ -32,6 +37,37 @@ ASK_S = 5.0
 def ledger_key(node: str) -> str:
     """Where a node gives pages of its ledger."""
     return f"collective/{node}/ledger"
+
+
+class OwnEntries:
+    """The entries that one identity wrote, on disk: a page of one entry a line.
+
+    Raises:
+        StorageError: the file cannot be read or written, or is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [to_json(page) + b"\n" for page in read_jsonl(path, LedgerPage)] if path.exists() else []
+            path.write_bytes(b"".join(lines))  # Without the half line that a killed writer may have left.
+        except OSError as error:
+            raise StorageError(f"{path} cannot be written: {error.strerror}.", "Give another --identity.") from None
+        except RecordError as error:
+            raise StorageError(
+                f"what this node said before cannot be read: {error.problem}",
+                f"Give another --identity; with this one and without {path} it would contradict itself.",
+            ) from None
+
+    def __iter__(self) -> Iterator[SignedRecord]:
+        for page in read_jsonl(self._path, LedgerPage):
+            yield from page.entries
+
+    def keep(self, signed: SignedRecord) -> None:
+        """Write an entry down, before anybody hears of it."""
+        with self._path.open("ab") as file:
+            file.write(to_json(LedgerPage(entries=(signed,))) + b"\n")
 
 
 class Sharing:

@@ -70,10 +70,22 @@ class PlannedStep:
     """Earlier steps whose results it depends on."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A chain as it was written."""
+
+    steps: Sequence[PlannedStep]
+    tokens: int = 0
+    episode: Episode | None = None
+    """The writing as an episode, where its model gives tokens."""
+    as_asked: bool = True
+    """False: what the writer wrote was of no use, and this stands in for it."""
+
+
 class Writer(Protocol):
     """Writes chains."""
 
-    async def write(self, problem: str, skills: Sequence[str]) -> Sequence[PlannedStep]:
+    async def write(self, problem: str, skills: Sequence[str]) -> Plan:
         """A chain whose last step gives the problem's answer.
 
         Args:

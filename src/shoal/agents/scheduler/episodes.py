@@ -99,4 +99,6 @@ def context_of(events: Sequence[RunEvent], cards: dict[str, ToolCard], *, model:
     episode = episode_of(events, reward)
     request = msgspec.convert(events[0].data["request"], RunRequest)
     opening = messages(View(task=request.task, cards=cards), "brief")
-    return pack(episode, opening, model=model, config="", tool_results=tool_results(events))
+    notes = events[0].data.get("notes", {}).get("text", "")
+    recalled = [notes] if notes else []
+    return pack(episode, opening, model=model, config="", tool_results=tool_results(events), recalled=recalled)

@@ -35,6 +35,8 @@ class View:
     steps: tuple[StepState, ...] = ()
     calls: Mapping[str, CallState] = field(default_factory=dict)
     history: tuple[tuple[str, str], ...] = ()
+    notes: str = ""
+    """What was remembered for the task, marked as data; empty where nothing was."""
     must_answer: str = ""
     """Why only an answer is allowed; empty while calls are."""
     record: bool = False

@@ -64,7 +64,8 @@ def messages(view: View, form: Form, chars: int = PROMPT_CHARS) -> list[Message]
     found = [Message(role="system", content=template.format(tools=tools, result=RESULT))]
     for task, answer in view.history:
         found += [Message(role="user", content=task), Message(role="assistant", content=_json({"answer": answer}))]
-    found.append(Message(role="user", content=f"Task: {view.task}"))
+    notes = f"{view.notes}\n\n" if view.notes else ""
+    found.append(Message(role="user", content=f"{notes}Task: {view.task}"))
     used = sum(len(message.content) for message in found)
     kept: list[Message] = []
     for step in reversed(view.steps):

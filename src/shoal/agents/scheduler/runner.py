@@ -156,6 +156,7 @@ class Runner:
             steps=tuple(state.steps),
             calls=state.calls,
             history=state.history,
+            notes=state.notes,
             must_answer=state.must_answer,
             record=state.request.record,
         )

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -25,6 +25,7 @@ from shoal.agents.scheduler.runner import ANSWER_GRACE_S, APPROVAL_TIMEOUT_S, Ru
 from shoal.agents.scheduler.state import RunState
 from shoal.agents.tools.toolbox import Toolbox
 from shoal.errors import CapacityError, RunError
+from shoal.memory.recall import Recall
 
 logger = logging.getLogger("shoal.agents")
 
@@ -39,6 +40,7 @@ class Runs:
     """The runs of one log.
 
     Args:
+        recall: what is remembered for a task; a run keeps the notes that it began with, also when it is resumed.
         max_runs: worked on at once; further ones are refused.
         approval_timeout_s: nobody's answer within this is a no.
         answer_grace_s: how long the model may still take to answer once the time is used up.
@@ -51,12 +53,13 @@ class Runs:
         policy: Policy,
         *,
         guards: Guards | None = None,
+        recall: Callable[[str], Recall] | None = None,
         max_runs: int = 32,
         approval_timeout_s: float = APPROVAL_TIMEOUT_S,
         answer_grace_s: float = ANSWER_GRACE_S,
     ) -> None:
         self.log, self.toolbox = log, toolbox
-        self._policy, self._guards = policy, guards or Guards()
+        self._policy, self._guards, self._recall = policy, guards or Guards(), recall
         self._max_runs = max_runs
         self._approval_timeout_s, self._answer_grace_s = approval_timeout_s, answer_grace_s
         self._runners: dict[str, Runner] = {}
@@ -78,7 +81,9 @@ class Runs:
         self._check_room()
         run = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{secrets.token_hex(4)}"
         history = self._history(request.session) if request.session else []
-        data = {"request": msgspec.to_builtins(request), "history": history}
+        data: dict[str, Any] = {"request": msgspec.to_builtins(request), "history": history}
+        if self._recall is not None and (notes := self._recall(request.task)).entries:
+            data["notes"] = {"text": notes.text, "entries": list(notes.entries)}
         first = RunEvent(run=run, seq=1, time=time.time(), kind="run", data=data)
         self.log.append([first])
         self._work(run)

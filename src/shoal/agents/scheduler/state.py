@@ -46,6 +46,8 @@ class RunState:
         self.request: RunRequest | None = None
         self.history: tuple[tuple[str, str], ...] = ()
         """Tasks and answers of the session's runs before."""
+        self.notes = ""
+        """What was recalled for the task when the run began."""
         self.seq = 0
         self.steps: list[StepState] = []
         self.calls = Calls(recall)
@@ -80,6 +82,7 @@ class RunState:
                 self.run = event.run
                 self.request = msgspec.convert(data["request"], RunRequest)
                 self.history = tuple((task, answer) for task, answer in data.get("history", ()))
+                self.notes = data.get("notes", {}).get("text", "")
             case "thought":
                 drawn = msgspec.convert(data["drawn"], Drawn) if data.get("drawn") else None
                 problem = data.get("problem", "")

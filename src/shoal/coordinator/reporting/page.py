@@ -21,6 +21,7 @@ from typing import Any
 import msgspec
 
 from shoal import __version__
+from shoal.coordinator.costs import PER_POINT
 from shoal.coordinator.reporting.markup import Markup, join, tag, text
 from shoal.coordinator.reporting.plots import draw_all
 from shoal.coordinator.reporting.record import Point, RunRecord, number, read_run
@@ -40,6 +41,18 @@ SHOWN_SUMMARY = {"accuracy_before", "accuracy_after", "accuracy_before_lenient",
     "worker_rollouts", "min_worker_share", "samples", "steps",
 }  # fmt: skip
 """Keys of the summary that have a place of their own; other plain values are listed after them."""
+
+COSTS = {
+    "usd": "all of it",
+    PER_POINT: "a point of held-out accuracy gained (strict)",
+    "usd_idle": "machines without work",
+    "usd_lost_stale": "rollouts staler than the bound",
+    "usd_lost_void": "rollouts that came to nothing",
+    "usd_lost_rejected": "rollouts that were rejected",
+    "usd_lost_expired": "leases that expired",
+    "usd_lost_filtered": "groups without a difference in reward, left out",
+}
+"""What `coordinator.costs` tells, in the words of the page."""
 
 STEP_COLUMNS = [
     ("step", "step", "{:.0f}"),
@@ -75,6 +88,7 @@ def write_report(run_dir: Path) -> Path:
             _section("Recent rollouts", _episodes(run)),
             _section("Evaluations", [_evaluations(run)]),
             _section("Who supplied the rollouts", [_workers(run)]),
+            _section("What it cost", [_costs(run)]),
             _section("What did not count", [_losses(run)]),
             _section("Details", [_steps(run), _timeline(run), _config(run)]),
         ]
@@ -169,7 +183,8 @@ def _facts(run: RunRecord) -> Markup:
         ("Workers", f"{len(counts)}, the smallest share {_percent(share)}" if counts else ""),
     ]
     for key, value in run.summary.items():
-        if key not in SHOWN_SUMMARY and isinstance(value, str | int | float) and len(rows) < MAX_TABLE_ROWS:
+        shown_elsewhere = key in SHOWN_SUMMARY or key in COSTS
+        if not shown_elsewhere and isinstance(value, str | int | float) and len(rows) < MAX_TABLE_ROWS:
             rows.append((key.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)[:200]))
     return _table(["", ""], [row for row in rows if row[1]], header=False)
 
@@ -225,6 +240,23 @@ def _workers(run: RunRecord) -> Markup:
     total = sum(counts.values()) or 1.0
     rows = [(name, _count(count), _percent(count / total)) for name, count in list(counts.items())[:MAX_WORKER_ROWS]]
     return _table(["worker", "rollouts", "share"], rows, numeric=2)
+
+
+def _costs(run: RunRecord) -> Markup:
+    """Dollars by what they went to, and by machine; nothing where nothing had a price."""
+    last = run.steps[-1] if run.steps else {}
+    told = {key: number(source, key) for source in (last, run.summary) for key in source if key in COSTS}
+    spent = told.get("usd", math.nan)
+    rows = [
+        (label, f"{told[key]:.4g}", "" if key == PER_POINT else _percent(told[key] / spent))
+        for key, label in COSTS.items()
+        if math.isfinite(told.get(key, math.nan)) and spent > 0
+    ]
+    machines = run.summary.get("usd_by_machine")
+    each = {name: number(machines, name) for name in machines} if isinstance(machines, dict) else {}
+    paid = sorted(((usd, name) for name, usd in each.items() if math.isfinite(usd)), reverse=True)
+    rows += [(f"paid for {name}", f"{usd:.4g}", _percent(usd / spent)) for usd, name in paid[:MAX_WORKER_ROWS] if rows]
+    return _table(["what", "US dollars", "share"], rows, numeric=2)
 
 
 def _losses(run: RunRecord) -> Markup:

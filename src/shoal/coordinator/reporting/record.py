@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from shoal.config.toml import NoToml, tables_of
 from shoal.errors import RecordError, RunError
 from shoal.protocol.codec import from_json
 from shoal.protocol.episode import Episode
@@ -152,8 +152,8 @@ def read_run(path: Path) -> RunRecord:
             events.append(event)
     config_text = _text(path / "config.toml")
     try:
-        config = tomllib.loads(config_text)
-    except tomllib.TOMLDecodeError:
+        config = tables_of(config_text)
+    except NoToml:
         config = {}
     return RunRecord(
         path=path,

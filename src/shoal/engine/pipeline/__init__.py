@@ -14,4 +14,8 @@ times smaller than its logits, and grammars, penalties and seeds are then the lo
 
 When a stage is lost the layers are assigned anew (`serving.pipeline`); caches begin empty, each lane computes its rows
 again from the token ids that its stand-in cache remembers, and repeats the step. A batcher does not notice.
+
+With speculation a step carries several tokens a row, and a lane may have several steps under way, each drafted on the
+guess that the one before it comes out as drafted (`speculation.speculating`): stages compute a lane's steps in their
+order, so what a refuted one wrote is overwritten by the next.
 """

@@ -7,7 +7,7 @@ ring for longer than is worth waiting, what is alive ends as `cancelled`, and th
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from functools import cached_property
@@ -16,16 +16,22 @@ import torch
 
 from shoal.engine.batching import Batcher
 from shoal.engine.grammar import Constraint, Grammars
-from shoal.engine.local import EngineStats, LocalEngine
+from shoal.engine.local import LocalEngine
 from shoal.engine.pipeline.remote import RemoteCache, RemoteDecoder
 from shoal.engine.pipeline.ring import Interrupted, Rings
 from shoal.engine.pipeline.wire import TYPES
+from shoal.engine.prefix import PrefixStore
 from shoal.engine.sequence import Drawn
 from shoal.engine.shaping import PLAIN, Shaping
 from shoal.engine.source import LocalModel
+from shoal.engine.speculation.speculating import Speculation
+from shoal.engine.stats import EngineStats
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import ModelError
 from shoal.protocol.sampling import Completion, Grammar, SampleRequest
+
+MAX_PAST = 256
+"""Prompts remembered, so that a conversation's next turn finds the lane that has its beginning."""
 
 CPU = torch.device("cpu")
 
@@ -54,8 +60,9 @@ class PipelineEngine:
     Args:
         model: config, tokenizer and the head's weights.
         lanes: batches under way together.
-        max_sequences, cache_tokens: over all lanes; each has its share.
+        max_sequences, cache_tokens, prefix_tokens: over all lanes; each has its share.
         threads: CPU threads for the head and for sampling, of each lane.
+        speculate: makes what drafts for a lane of so many sequences and tokens together.
 
     Raises:
         ModelError: the checkpoint is incomplete, damaged or of an unsupported type.
@@ -73,11 +80,14 @@ class PipelineEngine:
         cache_tokens: int,
         context_tokens: int,
         prefill_tokens: int | None = None,
+        prefix_tokens: int = 0,
+        speculate: Callable[[int, int], Speculation] | None = None,
     ) -> None:
         torch.set_num_threads(threads)
         self._rings = rings
         self.lane_slots = max(1, -(-max_sequences // lanes))
         self.lane_tokens = max(1, cache_tokens // lanes)
+        self.lane_prefix_tokens = prefix_tokens // lanes
         self.tokenizer = Tokenizer(model.directory)
         config, tensors = model.config(), model.tensors()
         self._decoders = [RemoteDecoder(config, TYPES[dtype], CPU, rings, lane) for lane in range(lanes)]
@@ -85,21 +95,28 @@ class PipelineEngine:
         for decoder in self._decoders[1:]:
             decoder.share(self._decoders[0])
         self.num_layers = self._decoders[0].arch.num_layers
+        caches = [RemoteCache(decoder, self.lane_slots, self.lane_tokens) for decoder in self._decoders]
         self.lanes = [
             Lane(
                 Batcher(
                     decoder,
                     self.tokenizer,
-                    RemoteCache(decoder, self.lane_slots, self.lane_tokens),
+                    cache,
                     context_tokens,
                     prefill_tokens=prefill_tokens,
+                    prefixes=PrefixStore(self.lane_prefix_tokens * cache.token_bytes, cache.forgets)
+                    if self.lane_prefix_tokens
+                    else None,
+                    speculation=speculate(self.lane_slots, self.lane_tokens) if speculate else None,
                 ),
                 threads,
                 lambda: self.grammars,
             )
-            for decoder in self._decoders
+            for decoder, cache in zip(self._decoders, caches, strict=True)
         ]
         self._loads = [0] * lanes
+        self._past: OrderedDict[tuple[int, ...], int] = OrderedDict()
+        """Prompts that were served, and in which lane."""
         self._prompts: list[Counter[tuple[int, ...]]] = [Counter() for _ in range(lanes)]
 
     @property
@@ -109,6 +126,11 @@ class PipelineEngine:
     @property
     def context_tokens(self) -> int:
         return self.lanes[0].context_tokens
+
+    @property
+    def lossy_rule(self) -> str:
+        """The acceptance rule that may change what the model would have said; empty where none does."""
+        return self.lanes[0].lossy_rule
 
     @property
     def is_alive(self) -> bool:
@@ -166,9 +188,11 @@ class PipelineEngine:
 
     @contextmanager
     def _lane(self, request: SampleRequest) -> Iterator[Lane]:
-        """Where the request goes: to others with its prompt, if there is a place; else where there are fewest."""
+        """Where the request goes: to others with its prompt or to what it continues, if there is a place; else where
+        there are fewest."""
         prompt = request.prompt_ids
         known = [lane for lane, prompts in enumerate(self._prompts) if prompts[prompt]]
+        known = known or self._continued(prompt)
         known = [lane for lane in known if self._loads[lane] < self.lane_slots]
         lane = min(known or range(len(self.lanes)), key=lambda lane: self._loads[lane])
         self._loads[lane] += 1
@@ -177,6 +201,17 @@ class PipelineEngine:
             yield self.lanes[lane]
         finally:
             self._loads[lane] -= 1
+            self._past[prompt] = lane
+            self._past.move_to_end(prompt)
+            if len(self._past) > MAX_PAST:
+                self._past.popitem(last=False)
             self._prompts[lane][prompt] -= 1
             if not self._prompts[lane][prompt]:
                 del self._prompts[lane][prompt]
+
+    def _continued(self, prompt: tuple[int, ...]) -> list[int]:
+        """The lane of the longest prompt that this one begins with, where prefixes are kept."""
+        if not self.lane_prefix_tokens:
+            return []
+        found = [past for past in self._past if prompt[: len(past)] == past]
+        return [self._past[max(found, key=len)]] if found else []

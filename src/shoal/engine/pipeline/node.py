@@ -7,8 +7,8 @@ The home link goes to the requester, dialled by the stage, so it is there wherev
 stage's input, the last stage's output, and between two stages what cannot go directly.
 
 Invariants: steps come from the requester or the stage before, and are computed in order; one of another epoch is
-dropped; `assign` returns
-when this stage is ready for its epoch; without its home link a stage ends.
+dropped, and so is one that a later one says nobody waits for; `assign` returns when this stage is ready for its epoch;
+without its home link a stage ends.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,7 +31,7 @@ from shoal.engine.pipeline.stage import Stage
 from shoal.errors import ModelError, NetworkError, RecordError
 from shoal.fabric.identity import Identity
 from shoal.protocol.codec import encode
-from shoal.protocol.stage import MAX_LANES, Assigned, Assignment, LinkAddress, Step
+from shoal.protocol.stage import MAX_IN_FLIGHT, MAX_LANES, Assigned, Assignment, LinkAddress, Step
 
 log = logging.getLogger("shoal.pipeline")
 
@@ -63,8 +64,11 @@ class StageNode:
         self._tensors = tensors
         self._port = LinkPort(identity, self._taken, allow)
         self._thread = ThreadPoolExecutor(1, "shoal-stage", torch.set_num_threads, (threads,))
-        self._steps: asyncio.Queue[tuple[Step, bytes]] = asyncio.Queue(2 * MAX_LANES)
-        self._results: asyncio.Queue[tuple[Step, bytes]] = asyncio.Queue(2 * MAX_LANES)
+        self._steps: asyncio.Queue[tuple[Step, bytes]] = asyncio.Queue(MAX_IN_FLIGHT * MAX_LANES)
+        self._results: asyncio.Queue[tuple[Step, bytes]] = asyncio.Queue(MAX_IN_FLIGHT * MAX_LANES)
+        self._void: deque[tuple[int, int]] = deque(maxlen=MAX_IN_FLIGHT * MAX_LANES)
+        """Lane and number of steps that need not be computed."""
+        self.num_dropped = 0
         self._stage: Stage | None = None
         self._home: StepLink | None = None
         self._next: StepLink | None = None
@@ -168,6 +172,7 @@ class StageNode:
     async def _take(self, step: Step, data: bytes) -> None:
         if self._steps.full():
             raise RecordError("more steps are under way than there are lanes.")
+        self._void.extend((step.lane, number) for number in step.voids)
         self._steps.put_nowait((step, data))
 
     async def _compute(self) -> None:
@@ -175,6 +180,9 @@ class StageNode:
             step, data = await self._steps.get()
             stage = self._stage
             if stage is None or step.epoch != stage.assignment.epoch:
+                continue
+            if (step.lane, step.number) in self._void:
+                self.num_dropped += 1
                 continue
             try:
                 result = await self._in_thread(stage.compute, step, data)

@@ -3,24 +3,27 @@
 Invariants: the stand-in cache takes the same decisions as the stages' caches, because it is one, of no layers; what it
 did since the last step travels with the next one, in order; for each row it knows the ids that the stages' rows were
 computed from, so that any of them can be computed again. A forward pass returns only with its result, however many
-rings break under it, or raises `Interrupted`.
+rings break under it, or raises `Interrupted`; a launched one (`Decoder.launch`) is lost with its ring, and what it was
+drafted for is drafted anew behind the tokens that are certain.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from shoal.engine.cache import KVCache
+from shoal.engine.features import Features, Passed
 from shoal.engine.lora import Adapter
 from shoal.engine.model import HEAD, Decoder
-from shoal.engine.pipeline.ring import Interrupted, Ring, RingBroken, Rings
-from shoal.engine.pipeline.wire import from_bytes, to_bytes
-from shoal.protocol.stage import CacheOp, Step
+from shoal.engine.pipeline.ring import Interrupted, Result, Ring, RingBroken, Rings
+from shoal.engine.pipeline.wire import split_bytes, to_bytes
+from shoal.engine.prefix import Kept, State
+from shoal.protocol.stage import MAX_VOIDS, CacheOp, Step
 
 REBUILD_TOKENS = 2048
 """Padded tokens computed in one step when rows are computed again."""
@@ -39,6 +42,7 @@ class RemoteCache(KVCache):
         self.budget_bytes = tokens * self.token_bytes
         self.ops: list[CacheOp] = []
         """Not yet told to the stages."""
+        self._kept = 0
         self.rows: dict[int, list[int]] = {}
         """Ids of each slot's filled positions; padding that a longer row brought is among them, and does no harm."""
 
@@ -58,14 +62,39 @@ class RemoteCache(KVCache):
         self.ops.append(CacheOp("clear", slot))
         self.rows.pop(slot, None)
 
+    def take(self, slot: int, length: int) -> State:
+        self._kept += 1
+        self.ops.append(CacheOp("keep", slot, self._kept, length))
+        return Kept(self._kept, length * self.token_bytes, self.generation)
+
+    def put(self, slot: int, state: State, ids: Sequence[int]) -> None:
+        assert isinstance(state, Kept) and state.generation == self.generation
+        self.ops.append(CacheOp("restore", slot, state.key, len(ids)))
+        self.rows[slot] = list(ids)
+
+    def forgets(self, state: State) -> None:
+        """What `take` gave is wanted no more."""
+        if isinstance(state, Kept) and state.generation == self.generation:
+            self.ops.append(CacheOp("drop", 0, state.key))
+
+    def settle(self, slot: int, start: int, nodes: Sequence[int]) -> None:
+        for at, node in enumerate(nodes):
+            if at != node:  # ascending, so no entry is overwritten before it has moved
+                self.ops.append(CacheOp("move", slot, start + node, start + at))
+
+    def holds(self, slot: int, ids: Sequence[int]) -> None:
+        self.rows[slot] = list(ids)
+
     def wrote(self, ids: Sequence[Sequence[int]], start: Sequence[int], first_slot: int) -> None:
-        """The stages have computed these."""
+        """The stages compute these, in the order of these calls and of what else is done to the cache."""
         for slot, (row, at) in enumerate(zip(ids, start, strict=True), start=first_slot):
             known = self.rows.setdefault(slot, [])
+            known += [0] * (at - len(known))  # where a frame begins behind guesses; `holds` tells what became of them
             known[at:] = row
 
     def begin_again(self) -> None:
         """The stages' caches are empty: say how large they are to be, and nothing else."""
+        self.generation += 1
         slots, tokens = self.num_slots, self.capacity
         self.num_slots = self.capacity = 0
         self.ops = []
@@ -87,6 +116,8 @@ class RemoteDecoder(Decoder):
         self._lane = lane
         self._epoch = 0
         self._number = 0
+        self._voids: list[int] = []
+        """Steps that nobody waits for any more, not yet told to the stages."""
         self.rebuilt_tokens = 0
         """Computed again since the start, because stages were lost or layers moved."""
         self.stage_s: tuple[float, ...] = ()
@@ -110,26 +141,78 @@ class RemoteDecoder(Decoder):
         tree_BTT: Tensor | None = None,
         observe: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        assert isinstance(cache, RemoteCache) and not any(adapters)
-        assert tree_BTT is None and observe is None, "stages verify no drafts"
+        assert isinstance(cache, RemoteCache) and not any(adapters) and tree_BTT is None
+        depths = observe.depths if isinstance(observe, Features) else ()
         ids, start = x_BT.tolist(), start_B.tolist()
         at = () if at_B is None else tuple(at_B.tolist())
         while True:
-            ring = self._rings.present()
+            ring = self._ring(cache)
+            if ring is None:
+                continue
             try:
-                if ring.epoch != self._epoch:
-                    self._rebuild(ring, cache)
-                hidden = self._round(ring, cache, ids, start, first_slot, at)
+                step, done = self._send(ring, cache, ids, start, first_slot, at, depths=depths)
+                passed = self._wait(ring, step, done, depths)
             except RingBroken:
                 self._epoch = 0
                 continue
-            except Interrupted:
-                self._epoch = 0
-                raise
             cache.wrote(ids, start, first_slot)
-            return hidden
+            if observe is not None and passed.features_BTF is not None:
+                for depth, hidden in zip(depths, passed.features_BTF.chunk(len(depths), dim=-1), strict=True):
+                    observe(depth, hidden)
+            return passed.hidden_BTH
 
-    def _round(
+    def launch(
+        self,
+        x_BT: Tensor,
+        start_B: Tensor,
+        cache: KVCache,
+        *,
+        adapters: Sequence[Adapter | None] = (),
+        parents_BN: Tensor | None = None,
+        depths: tuple[int, ...] = (),
+    ) -> tuple[Callable[[], Passed | None], Callable[[], None]]:
+        assert isinstance(cache, RemoteCache) and not any(adapters)
+        ids, start = x_BT.tolist(), start_B.tolist()
+        try:
+            if (ring := self._ring(cache)) is None:
+                return (lambda: None), (lambda: None)
+            parents = () if parents_BN is None else parents_BN.tolist()
+            step, done = self._send(ring, cache, ids, start, 0, (), parents, depths)
+        except RingBroken:
+            self._epoch = 0
+            return (lambda: None), (lambda: None)
+        cache.wrote(ids, start, 0)
+
+        def land() -> Passed | None:
+            try:
+                return self._wait(ring, step, done, depths)
+            except RingBroken:
+                self._epoch = 0
+                return None
+
+        def void() -> None:
+            ring.drop(step)
+            if not step.ops:  # what a step does to the caches has to be done
+                self._voids.append(step.number)
+
+        return land, void
+
+    def _ring(self, cache: RemoteCache) -> Ring | None:
+        """The present ring, with the lane's rows computed on it; none if it broke meanwhile.
+
+        Raises:
+            Interrupted: there has been none for too long.
+        """
+        ring = self._rings.present()
+        if ring.epoch != self._epoch:
+            try:
+                self._rebuild(ring, cache)
+            except RingBroken:
+                self._epoch = 0
+                return None
+        return ring
+
+    def _send(
         self,
         ring: Ring,
         cache: RemoteCache,
@@ -137,7 +220,9 @@ class RemoteDecoder(Decoder):
         start: Sequence[int],
         first_slot: int,
         at: Sequence[int],
-    ) -> Tensor:
+        parents: Sequence[Sequence[int]] = (),
+        depths: tuple[int, ...] = (),
+    ) -> tuple[Step, Future[Result]]:
         self._number += 1
         step = Step(
             epoch=ring.epoch,
@@ -148,15 +233,36 @@ class RemoteDecoder(Decoder):
             start=tuple(start),
             first_slot=first_slot,
             at=tuple(at),
+            parents=tuple(map(tuple, parents)),
+            depths=tuple(sorted(set(depths))),
+            voids=tuple(self._voids[-MAX_VOIDS:]),
             ops=tuple(cache.ops),
         )
-        started = time.perf_counter()
-        done, data = ring.round(step, to_bytes(torch.tensor(ids, dtype=torch.int32)))
-        self.round_s = time.perf_counter() - started
+        done = ring.send(step, to_bytes(torch.tensor(ids, dtype=torch.int32)))
+        self._voids.clear()
         cache.ops.clear()
-        self.stage_s = done.busy_s
-        shape = (len(start), 1 if at else step.width, self.arch.hidden_size)
-        return from_bytes(data, self.dtype, shape, self.device)
+        return step, done
+
+    def _wait(self, ring: Ring, step: Step, done: Future[Result], depths: tuple[int, ...] = ()) -> Passed:
+        try:
+            result = ring.wait(step, done)
+        except Interrupted:
+            self._epoch = 0
+            raise
+        self.round_s, self.stage_s = result.seconds, result.step.busy_s
+        rows, hidden_size = len(step.start), self.arch.hidden_size
+        each = (rows, step.width, hidden_size)
+        shapes = [(rows, 1, hidden_size) if step.at else each, *([each] * len(step.depths))]
+        hidden, *seen = split_bytes(result.data, self.dtype, shapes, self.device)
+        at_depth = dict(zip(step.depths, seen, strict=True))
+        compute_s = sum(self.stage_s)
+        return Passed(
+            hidden,
+            torch.cat([at_depth[depth] for depth in depths], dim=-1) if depths else None,
+            compute_s,
+            max(self.stage_s, default=0.0),
+            max(0.0, self.round_s - compute_s),
+        )
 
     def _rebuild(self, ring: Ring, cache: RemoteCache) -> None:
         """Compute every row of the lane again, on stages whose caches are empty."""
@@ -168,7 +274,7 @@ class RemoteDecoder(Decoder):
             count = max(slot for slot, ids in enumerate(rows) if len(ids) > at) + 1
             width = min(longest - at, max(NARROWEST, REBUILD_TOKENS // count))
             piece = [_padded(ids[at : at + width], width) for ids in rows[:count]]
-            self._round(ring, cache, piece, [at] * count, 0, [0] * count)
+            self._wait(ring, *self._send(ring, cache, piece, [at] * count, 0, [0] * count))
             self.rebuilt_tokens += sum(len(ids[at : at + width]) for ids in rows[:count])
             at += width
         self._epoch = ring.epoch

@@ -3,9 +3,9 @@
     lane's thread: rings.present() ──▶ ring.round(step) ── loop: send to stage 0 … result ──▶ wakes the thread
     control:       rings.open(ring)     rings.close(why)
 
-Invariants: a lane has at most one step under way; every wait ends, with the result, with `RingBroken` as soon as the
-ring is known to be broken or after `STEP_S`, or with `Interrupted` when there has been no ring for the patience that
-was given; a result is believed only if it is that of the step that is waited for.
+Invariants: a lane has at most `MAX_IN_FLIGHT` steps under way; every wait ends, with the result, with `RingBroken` as
+soon as the ring is known to be broken or after `STEP_S`, or with `Interrupted` when there has been no ring for the
+patience that was given; a result is believed only if it is that of the step that is waited for.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Late
+from dataclasses import dataclass
 
 from shoal.errors import ModelError
 from shoal.protocol.codec import encode
-from shoal.protocol.stage import Step
+from shoal.protocol.stage import MAX_IN_FLIGHT, Step
 
 STEP_S = 120.0
 """A step that takes longer is taken for lost: a stage lives but does not compute."""
@@ -34,6 +35,16 @@ class RingBroken(Exception):
 
 class Interrupted(ModelError):
     """There are too few stages, for longer than is worth waiting: what waits is given up."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A step that has come back."""
+
+    step: Step
+    data: bytes
+    seconds: float
+    """From being sent."""
 
 
 class Ring:
@@ -53,42 +64,56 @@ class Ring:
         self._send = send
         self._on_late = on_late
         self._lock = threading.Lock()
-        self._waiting: dict[int, tuple[int, Future[tuple[Step, bytes]]]] = {}
+        self._waiting: dict[tuple[int, int], tuple[float, Future[Result]]] = {}
+        """Lane and number -> when it was sent, and who waits."""
         self._broken = ""
 
-    def round(self, step: Step, data: bytes) -> tuple[Step, bytes]:
-        """From a lane's thread: the step's result.
+    def send(self, step: Step, data: bytes) -> Future[Result]:
+        """From a lane's thread: a step on its way.
+
+        Raises:
+            RingBroken: it can't be.
+        """
+        done: Future[Result] = Future()
+        with self._lock:
+            if self._broken:
+                raise RingBroken(self._broken)
+            key = step.lane, step.number
+            assert key not in self._waiting and sum(lane == step.lane for lane, _ in self._waiting) < MAX_IN_FLIGHT
+            self._waiting[key] = (time.monotonic(), done)
+        sending = asyncio.run_coroutine_threadsafe(self._send(encode(step), data), self._loop)
+        sending.add_done_callback(lambda sent: _pass_failure(sent, done))
+        return done
+
+    def wait(self, step: Step, done: Future[Result]) -> Result:
+        """From a lane's thread: the result of a step that was sent.
 
         Raises:
             RingBroken: there will be none from this ring.
         """
-        done: Future[tuple[Step, bytes]] = Future()
-        with self._lock:
-            if self._broken:
-                raise RingBroken(self._broken)
-            assert step.lane not in self._waiting
-            self._waiting[step.lane] = (step.number, done)
         try:
-            sending = asyncio.run_coroutine_threadsafe(self._send(encode(step), data), self._loop)
-            sending.add_done_callback(lambda sent: _pass_failure(sent, done))
             return done.result(STEP_S)
         except Late:
             self._loop.call_soon_threadsafe(self._on_late)
             raise RingBroken(f"a step took longer than {STEP_S:.0f} s.") from None
         finally:
-            with self._lock:
-                self._waiting.pop(step.lane, None)
+            self.drop(step)
+
+    def drop(self, step: Step) -> None:
+        """Nobody waits for this step any more."""
+        with self._lock:
+            self._waiting.pop((step.lane, step.number), None)
 
     def arrived(self, step: Step, data: bytes) -> None:
         """A result came; one that nobody waits for is dropped."""
         with self._lock:
-            number, done = self._waiting.get(step.lane, (-1, None))
-        if done is None or number != step.number or done.done():
+            sent_at, done = self._waiting.get((step.lane, step.number), (0.0, None))
+        if done is None or done.done():
             return
         if step.failure:
             done.set_exception(Interrupted(f"a stage could not compute a step: {step.failure}."))
         else:
-            done.set_result((step, data))
+            done.set_result(Result(step, data, time.monotonic() - sent_at))
 
     def breaks(self, why: str) -> None:
         """Tell everybody who waits that there will be nothing."""
@@ -100,7 +125,7 @@ class Ring:
                 done.set_exception(RingBroken(why))
 
 
-def _pass_failure(sent: Future[None], done: Future[tuple[Step, bytes]]) -> None:
+def _pass_failure(sent: Future[None], done: Future[Result]) -> None:
     error = None if sent.cancelled() else sent.exception()
     if (sent.cancelled() or error is not None) and not done.done():
         done.set_exception(RingBroken(str(error or "the loop has ended.")))

@@ -1,7 +1,8 @@
 """One stage: some of a model's layers, one cache a lane, and nothing else.
 
-Invariants: a step that asks for rows or positions that the lane's cache does not have, or has another epoch, is refused
-before anything is computed; the caches never pass their budgets.
+Invariants: a lane's steps are computed in the order of their numbers, or not at all; a step that asks for rows or
+positions that the lane's cache does not have, or has another epoch, is refused before anything is computed; the caches
+never pass their budgets.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from shoal.engine.cache import KVCache
+from shoal.engine.features import Features
 from shoal.engine.model import Architecture, Decoder, Part
 from shoal.engine.pipeline.wire import from_bytes, to_bytes
+from shoal.engine.speculation.drafts import ancestors
 from shoal.errors import RecordError
 from shoal.protocol.stage import Assignment, CacheOp, Step
 
@@ -38,6 +41,10 @@ class Stage:
             raise RecordError(f"layers up to {assignment.last} are assigned, and the model has {num_layers}.")
         part = Part.stage(assignment.first, assignment.last, num_layers)
         self.decoder = Decoder(config, dtype, device, part)
+        self._newest: dict[int, int] = {}
+        """Each lane's last step."""
+        self._kept: dict[int, dict[int, Tensor]] = {}
+        """What each lane keeps aside (`CacheOp`)."""
         self.caches = [
             make_cache(self.decoder, assignment.last - assignment.first, assignment.lane_slots, assignment.lane_tokens)
             for _ in range(assignment.lanes)
@@ -47,6 +54,7 @@ class Stage:
         """The same layers in a new epoch: weights stay, caches begin empty."""
         assert (assignment.first, assignment.last) == (self.assignment.first, self.assignment.last)
         self.assignment = assignment
+        self._newest, self._kept = {}, {}
         self.caches = [
             make_cache(self.decoder, assignment.last - assignment.first, assignment.lane_slots, assignment.lane_tokens)
             for _ in range(assignment.lanes)
@@ -67,30 +75,47 @@ class Stage:
         mine, decoder = self.assignment, self.decoder
         if (step.epoch, step.stage) != (mine.epoch, mine.stage) or step.lane >= mine.lanes:
             raise RecordError("a step arrived that is not for this stage.")
-        rows = len(step.start)
+        if step.number <= self._newest.get(step.lane, -1):
+            raise RecordError("a lane's steps have come out of order.")
+        rows, hidden_size = len(step.start), decoder.arch.hidden_size
         device = decoder.device
+        seen = b""
         if decoder.part.embeds:
             x = from_bytes(data, torch.int32, (rows, step.width), device).long()
             if int(x.min()) < 0 or int(x.max()) >= decoder.arch.vocab_size:
                 raise RecordError("a step has token ids that the model does not have.")
         else:
-            x = from_bytes(data, decoder.dtype, (rows, step.width, decoder.arch.hidden_size), device)
+            size = rows * step.width * hidden_size * decoder.dtype.itemsize
+            if len(data) != size * (1 + sum(depth < mine.first for depth in step.depths)):
+                raise RecordError("a step's tensor has a wrong size.")
+            x = from_bytes(data[:size], decoder.dtype, (rows, step.width, hidden_size), device)
+            seen = data[size:]
         cache = self.caches[step.lane]
+        kept = self._kept.setdefault(step.lane, {})
         for op in step.ops:
-            apply(cache, op)
+            apply(cache, kept, op)
+        if sum(state.shape[-2] for state in kept.values()) > mine.prefix_tokens:
+            raise RecordError("a step keeps more aside than there is room for.")
         if step.first_slot + rows > cache.num_slots or max(step.start) + step.width > cache.capacity:
             raise RecordError("a step writes beyond the cache.")
+        self._newest[step.lane] = step.number
         start = torch.tensor(step.start, device=device)
         last = mine.stage == mine.num_stages - 1
         at = torch.tensor(step.at, device=device) if last and step.at else None
-        hidden = decoder.forward(x, start, cache, step.first_slot, at)
-        sent = to_bytes(hidden)
+        observed = Features(tuple(depth - mine.first for depth in step.depths if mine.first <= depth < mine.last))
+        tree = ancestors(torch.tensor(step.parents)).to(device) if step.parents else None
+        observe = observed if observed.depths else None
+        hidden = decoder.forward(x, start, cache, step.first_slot, at, tree_BTT=tree, observe=observe)
+        sent = to_bytes(hidden) + seen + b"".join(map(to_bytes, observed.each()))
         done = msgspec.structs.replace(step, stage=step.stage + 1, busy_s=(*step.busy_s, time.perf_counter() - started))
         return done, sent
 
 
-def apply(cache: KVCache, op: CacheOp) -> None:
+def apply(cache: KVCache, kept: dict[int, Tensor], op: CacheOp) -> None:
     """Do what the requester's stand-in did.
+
+    Args:
+        kept: what the lane keeps aside, by number.
 
     Raises:
         RecordError: it names rows or positions that are not there, or more than the budget.
@@ -105,6 +130,22 @@ def apply(cache: KVCache, op: CacheOp) -> None:
             if max(op.a, op.b) >= cache.num_slots or op.c > cache.capacity:
                 raise RecordError("a step copies rows that are not there.")
             cache.copy(op.a, op.b, op.c)
+        case "keep":
+            if op.a >= cache.num_slots or not 0 < op.c <= cache.capacity:
+                raise RecordError("a step keeps rows that are not there.")
+            state = cache.take(op.a, op.c)
+            assert isinstance(state, Tensor)
+            kept[op.b] = state
+        case "restore":
+            if op.a >= cache.num_slots or op.b not in kept or not 0 < op.c <= kept[op.b].shape[-2]:
+                raise RecordError("a step restores what is not kept.")
+            cache.put(op.a, kept[op.b], range(op.c))
+        case "drop":
+            kept.pop(op.b, None)
+        case "move":
+            if op.a >= cache.num_slots or not op.c <= op.b < cache.capacity:
+                raise RecordError("a step moves an entry that is not there.")
+            cache.settle(op.a, op.c, [op.b - op.c])
         case "clear":
             if op.a >= cache.num_slots:
                 raise RecordError("a step clears a row that is not there.")

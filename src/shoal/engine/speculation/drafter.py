@@ -1,7 +1,8 @@
 """What every drafter can do, and how one that computes logits picks its tokens.
 
-The loop keeps live sequences in slots 0 … n − 1; a drafter keeps its state by the same numbers and moves it when told
-to. It is told of every token that became certain, and of nothing else: what it computed for refused drafts it drops.
+Whoever drafts keeps its sequences in slots 0 … n − 1 (`drafting`); a drafter keeps its state by the same numbers and
+moves it when told to. It is told of every token that became certain, and of nothing else: what it computed for refused
+drafts it drops.
 """
 
 from __future__ import annotations
@@ -32,13 +33,20 @@ class Drafter(Protocol):
         ...
 
     def propose(
-        self, gammas: Sequence[int], params: Sequence[SamplingParams], uniforms_BG: Tensor, *, probs: bool
+        self,
+        gammas: Sequence[int],
+        params: Sequence[SamplingParams],
+        uniforms_BG: Tensor,
+        *,
+        probs: bool,
+        beyond: Sequence[Sequence[int]] = (),
     ) -> Drafts:
         """Drafts for slots 0 … B − 1: at most `gammas` deep.
 
         Args:
             uniforms_BG: in [0, 1), fp64, for drafts that are drawn.
             probs: whether the drafter's distributions are asked for; always so where tokens are drawn.
+            beyond: tokens of each slot that are not certain yet, behind which chains are asked for; absent: none.
         """
         ...
 
@@ -92,12 +100,18 @@ class Picker:
         self._others.append(others_BK)
         return spine_B
 
-    def drafts(self, gammas: Sequence[int]) -> Drafts:
-        """What was picked, cut to each row's depth."""
+    def drafts(self, gammas: Sequence[int], skipped: Sequence[int] = ()) -> Drafts:
+        """What was picked, cut to each row's depth; for chains, without each row's first `skipped` picks."""
         probs_BGV = torch.stack(self._probs, dim=1) if self._probs else None
         spines_BG = torch.stack(self.spines, dim=1)
         if self.width == 1:
-            rows = [spine[:gamma] for spine, gamma in zip(spines_BG.tolist(), gammas, strict=True)]
+            first = skipped or [0] * len(gammas)
+            rows = [spine[s : s + g] for spine, s, g in zip(spines_BG.tolist(), first, gammas, strict=True)]
+            if any(first) and probs_BGV is not None:
+                width = max(map(len, rows))
+                probs_BGV = torch.nn.utils.rnn.pad_sequence(
+                    [p_GV[s : s + width] for p_GV, s in zip(probs_BGV, first, strict=True)], batch_first=True
+                )
             return Drafts.chains(rows, probs_BGV, drawn=self.drawn)
         return Drafts.combs(spines_BG, torch.stack(self._others, dim=1), gammas, probs_BGV)
 

@@ -112,17 +112,49 @@ class Drafts:
         return found
 
     @property
+    def depths(self) -> list[int]:
+        """Of each row's deepest node."""
+        found: list[int] = (self.ancestors_BTT().sum(dim=-1).amax(dim=-1) - 1).tolist()
+        return found
+
+    def select(self, rows: Sequence[int]) -> Drafts:
+        """These rows only."""
+        if list(rows) == list(range(len(self.tokens_BN))):
+            return self
+        index = list(rows)
+        probs = None if self.probs_BNV is None else self.probs_BNV[index]
+        return Drafts(self.tokens_BN[index], self.parents_BN[index], probs, self.drawn)
+
+    def behind(self, counts: Sequence[int]) -> Drafts:
+        """Chains without each row's first `counts` tokens."""
+        assert self.are_chains
+        rows = [
+            tokens[count:size] for tokens, count, size in zip(self.tokens_BN.tolist(), counts, self.sizes, strict=True)
+        ]
+        probs = self.probs_BNV
+        if probs is not None:
+            width = max(map(len, rows))
+            probs = torch.nn.utils.rnn.pad_sequence(
+                [p_NV[count : count + width] for p_NV, count in zip(probs, counts, strict=True)], batch_first=True
+            )
+        return Drafts.chains(rows, probs, drawn=self.drawn)
+
+    @property
     def are_chains(self) -> bool:
         chain_N = torch.arange(self.width, device=self.parents_BN.device) - 1
         return bool(((self.parents_BN == chain_N) | (self.parents_BN == PADDING)).all())
 
     def ancestors_BTT(self) -> Tensor:
         """Which tokens of the verifying pass each one sees: the root, its ancestors, itself."""
-        batch, width = self.tokens_BN.shape
-        seen_BTT = torch.eye(width + 1, dtype=torch.bool, device=self.tokens_BN.device).repeat(batch, 1, 1)
-        rows_B = torch.arange(batch, device=self.tokens_BN.device)
-        for node in range(width):
-            parent_B = (self.parents_BN[:, node] + 1).clamp_(min=0)
-            above_BT = seen_BTT[rows_B, parent_B] & (self.parents_BN[:, node, None] != PADDING)
-            seen_BTT[:, node + 1] |= above_BT
-        return seen_BTT
+        return ancestors(self.parents_BN)
+
+
+def ancestors(parents_BN: Tensor) -> Tensor:
+    """Of trees given by each node's parent, which of root and nodes each one sees, [B, T, T]."""
+    batch, width = parents_BN.shape
+    seen_BTT = torch.eye(width + 1, dtype=torch.bool, device=parents_BN.device).repeat(batch, 1, 1)
+    rows_B = torch.arange(batch, device=parents_BN.device)
+    for node in range(width):
+        parent_B = (parents_BN[:, node] + 1).clamp(min=0)
+        seen_BTT[:, node + 1] |= seen_BTT[rows_B, parent_B] & (parents_BN[:, node, None] != PADDING)
+    return seen_BTT

@@ -1,10 +1,12 @@
 """Drafting with an EAGLE-3 head: the target's features where there are any, the head's own output beyond them.
 
 A pair is what the head reads at one position: the target's features there and the token that follows. Each round feeds
-the pairs of the tokens that became certain since the last one, which gives the first draft; every further draft feeds
-the head's output and the draft before it. Keys of the latter are forgotten with the round: `_filled` counts pairs only.
+the pairs of the tokens that became certain since the last one, and its own last pair again, so that there is always
+one: that gives the first draft. Every further draft feeds the head's output and the draft before it. Keys of the latter
+are forgotten with the round: `_filled` counts pairs only.
+A sequence may begin amid its text: the head then sees what came after, and guesses a little worse.
 
-Invariant: before a round, `_filled[slot]` plus the pairs that wait is the number of certain tokens minus one.
+Invariant: before a round, `_filled[slot]` plus the pairs that wait is the number of tokens it was told of, minus one.
 """
 
 from __future__ import annotations
@@ -54,14 +56,22 @@ class EagleDrafter:
 
     @torch.inference_mode()
     def propose(
-        self, gammas: Sequence[int], params: Sequence[SamplingParams], uniforms_BG: Tensor, *, probs: bool
+        self,
+        gammas: Sequence[int],
+        params: Sequence[SamplingParams],
+        uniforms_BG: Tensor,
+        *,
+        probs: bool,
+        beyond: Sequence[Sequence[int]] = (),
     ) -> Drafts:
         most = max(gammas)
         if most == 0:
             return Drafts.chains([[] for _ in gammas])
         batch, waiting = len(gammas), [len(tokens) for tokens in self._tokens]
         width = max(waiting)
-        longest = max(self._filled) + width + most
+        given = [list(more) for more in beyond or [()] * batch]
+        steps = max(len(more) + gamma for more, gamma in zip(given, gammas, strict=True))
+        longest = max(self._filled) + width + steps
         if not self._cache.fits(batch, longest):
             raise CapacityError(
                 f"the drafter's cache cannot hold {batch} sequences of {longest} tokens.", "Draft fewer at once."
@@ -75,20 +85,28 @@ class EagleDrafter:
         output = self._step(self._head.fc(features_BTF), tokens_BT.to(at_B.device), start_B)
         output = output.gather(1, at_B[:, None, None].expand(-1, 1, output.shape[-1]))
         picker = Picker(params, self._width, self._head.vocab_size, probs, self._ids_R)
-        for depth in range(most):
+        skipped_B = torch.tensor([len(more) for more in given])
+        rows_B = torch.arange(batch)
+        for depth in range(steps):
             if depth:
-                output = self._step(output, picker.spines[-1][:, None], start_B + at_B + depth)
-            picker.pick(self._head.logits(output[:, 0]), uniforms_BG[:, depth])
-        self._filled = [filled + new for filled, new in zip(self._filled, waiting, strict=True)]
-        self._tokens = [[] for _ in gammas]
-        self._features = [[] for _ in gammas]
-        return picker.drafts(gammas)
+                last_B = picker.spines[-1].clone()
+                for row, more in enumerate(given):
+                    if depth <= len(more):
+                        last_B[row] = more[depth - 1]
+                output = self._step(output, last_B[:, None], start_B + at_B + depth)
+            at_depth_B = (depth - skipped_B).clamp(min=0, max=most - 1)
+            picker.pick(self._head.logits(output[:, 0]), uniforms_BG[rows_B, at_depth_B])
+        self._filled = [filled + new - 1 for filled, new in zip(self._filled, waiting, strict=True)]
+        self._tokens = [tokens[-1:] for tokens in self._tokens]
+        self._features = [[each[-1][-1:]] for each in self._features]
+        return picker.drafts(gammas, skipped_B.tolist() if beyond else ())
 
     def took(self, slot: int, tokens: Sequence[int], features_KF: Tensor | None) -> None:
         assert features_KF is not None and len(features_KF) == len(tokens)
         self._tokens[slot] += tokens
         self._features[slot].append(features_KF)
 
+    @torch.inference_mode()
     def leave(self, slot: int, last: int) -> None:
         if slot != last:
             if self._filled[last]:

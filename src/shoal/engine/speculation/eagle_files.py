@@ -62,6 +62,11 @@ class LoadedHead:
     """Layers of the target whose incoming hidden states it reads."""
 
 
+def is_head(config: Any) -> bool:
+    """Whether a checkpoint's configuration is that of a head, not of a whole model."""
+    return ARCHITECTURE in (config.architectures or ()) or bool(getattr(config, "draft_vocab_size", None))
+
+
 def head_config(target: Any, draft_vocab_size: int) -> dict[str, Any]:
     """A new head's configuration for a target's: its sizes, one layer."""
     rope = getattr(target, "rope_parameters", None) or {}

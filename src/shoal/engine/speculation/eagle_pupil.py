@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from shoal.engine.local import pick_device
 from shoal.engine.model import Decoder
 from shoal.engine.source import LocalModel
 from shoal.engine.speculation.eagle import EagleHead, feature_depths
 from shoal.engine.speculation.eagle_files import head_config, new_head, save_head
-from shoal.engine.speculation.eagle_training import Teacher, frequent_ids
+from shoal.engine.speculation.eagle_training import (
+    Optimizer,
+    Plan,
+    StepReport,
+    Teacher,
+    evaluate,
+    frequent_ids,
+    train,
+)
 from shoal.engine.speculation.writing import TargetText
 
 
@@ -27,6 +35,25 @@ class Pupil:
     settings: dict[str, Any]
     embedding_VH: Tensor
     teacher: Teacher
+
+    @property
+    def module(self) -> EagleHead:
+        return self.head
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What learns."""
+        return dict(self.head.named_parameters())
+
+    def train(
+        self, texts: Sequence[TargetText], plan: Plan, optimizer: Optimizer, begin: int = 0
+    ) -> Iterator[StepReport]:
+        """As `eagle_training.train`."""
+        return train(self.head, self.embedding_VH, self.teacher, texts, plan, optimizer, begin)
+
+    def evaluate(self, texts: Sequence[TargetText], plan: Plan) -> tuple[float, list[float]]:
+        """As `eagle_training.evaluate`."""
+        return evaluate(self.head, self.embedding_VH, self.teacher, texts, plan)
 
     def save(self, directory: Path) -> None:
         """Write the head as it is now, making the folder."""

@@ -45,13 +45,17 @@ class SuffixIndex:
                     del ends[: -self._width]
             self.ids.append(token)
 
-    def continuations(self, count: int) -> list[list[int]]:
+    def continuations(self, count: int, beyond: Sequence[int] = ()) -> list[list[int]]:
         """What followed the longest suffix that occurred before, latest first: up to `width` texts of `count` tokens.
 
         A continuation that reaches the end of the text goes on with itself: a repeated line is repeated again.
+
+        Args:
+            beyond: taken for the text's end, though it may not stay.
         """
+        suffix = [*self.ids[-self._lengths[0] :], *beyond]
         for length in self._lengths:
-            if length <= len(self.ids) and (ends := self._ends.get(tuple(self.ids[-length:]))):
+            if length <= len(suffix) and (ends := self._ends.get(tuple(suffix[-length:]))):
                 return [self._from(end, count) for end in reversed(ends)]
         return []
 
@@ -82,11 +86,17 @@ class NgramDrafter:
         self._slots[slot].add(ids)
 
     def propose(
-        self, gammas: Sequence[int], params: Sequence[SamplingParams], uniforms_BG: Tensor, *, probs: bool
+        self,
+        gammas: Sequence[int],
+        params: Sequence[SamplingParams],
+        uniforms_BG: Tensor,
+        *,
+        probs: bool,
+        beyond: Sequence[Sequence[int]] = (),
     ) -> Drafts:
         trees = [
-            merged(index.continuations(gamma)) if gamma else ([], [])
-            for index, gamma in zip(self._slots, gammas, strict=True)
+            merged(index.continuations(gamma, more)) if gamma else ([], [])
+            for index, gamma, more in zip(self._slots, gammas, beyond or [()] * len(gammas), strict=True)
         ]
         return Drafts.trees([tokens for tokens, _ in trees], [parents for _, parents in trees])
 

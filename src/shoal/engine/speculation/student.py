@@ -4,8 +4,8 @@ It has a key-value cache of its own. After a round it holds keys of drafts that 
 since the decoder overwrites a position when it is reached again. So the cache is cut to the accepted length without
 touching it: `_filled` falls.
 
-Invariants: `_filled[slot]` is below the number of certain tokens (at least one is fed each round), and all positions
-before it hold keys of certain tokens.
+Invariants: all positions before `_filled[slot]` hold keys of certain tokens, those behind it keys of `_drafted[slot]`;
+at least one token is fed each round.
 """
 
 from __future__ import annotations
@@ -59,15 +59,24 @@ class StudentDrafter:
 
     @torch.inference_mode()
     def propose(
-        self, gammas: Sequence[int], params: Sequence[SamplingParams], uniforms_BG: Tensor, *, probs: bool
+        self,
+        gammas: Sequence[int],
+        params: Sequence[SamplingParams],
+        uniforms_BG: Tensor,
+        *,
+        probs: bool,
+        beyond: Sequence[Sequence[int]] = (),
     ) -> Drafts:
         most = max(gammas)
         if most == 0:
             return Drafts.chains([[] for _ in gammas])
         batch, device = len(gammas), self._decoder.device
-        new = [ids[filled:] for ids, filled in zip(self._ids, self._filled, strict=True)]
+        texts = [[*ids, *more] for ids, more in zip(self._ids, beyond or [()] * batch, strict=True)]
+        # At least one token is fed: its hidden state is what the first draft comes of.
+        first = [min(filled, len(text) - 1) for text, filled in zip(texts, self._filled, strict=True)]
+        new = [text[at:] for text, at in zip(texts, first, strict=True)]
         width = max(map(len, new))
-        longest = max(max(self._filled) + width, max(map(len, self._ids)) + most)
+        longest = max(max(first) + width, max(map(len, texts)) + most)
         if not self._cache.fits(batch, longest):
             raise CapacityError(
                 f"the drafter's cache cannot hold {batch} sequences of {longest} tokens.", "Draft fewer at once."
@@ -77,9 +86,9 @@ class StudentDrafter:
         picker = Picker(params, self._width, self._vocab_size, probs)
         x_BT = torch.tensor([ids + [0] * (width - len(ids)) for ids in new], device=device)
         at_B = torch.tensor([len(ids) - 1 for ids in new], device=device)
-        start_B = torch.tensor(self._filled, device=device)
+        start_B = torch.tensor(first, device=device)
         hidden = self._decoder.forward(x_BT, start_B, self._cache, at_B=at_B)
-        start_B = torch.tensor([len(ids) for ids in self._ids], device=device)
+        start_B = torch.tensor([len(text) for text in texts], device=device)
         for depth in range(most):
             if depth:
                 hidden = self._decoder.forward(picker.spines[-1][:, None], start_B + depth - 1, self._cache)
@@ -87,7 +96,10 @@ class StudentDrafter:
             picker.pick(logits_BV, uniforms_BG[:, depth])
         drafts = picker.drafts(gammas)
         self._filled = [len(ids) for ids in self._ids]
-        self._drafted = [row[: most - 1] for row in torch.stack(picker.spines, dim=1).tolist()]
+        spines = torch.stack(picker.spines, dim=1).tolist()
+        self._drafted = [
+            [*text[len(ids) :], *row[: most - 1]] for text, ids, row in zip(texts, self._ids, spines, strict=True)
+        ]
         return drafts
 
     def took(self, slot: int, tokens: Sequence[int], features_KF: Tensor | None) -> None:
@@ -101,10 +113,12 @@ class StudentDrafter:
         self._filled[slot] = min(self._filled[slot] + right, len(self._ids[slot]) - 1)
         self._drafted[slot] = []
 
+    @torch.inference_mode()
     def leave(self, slot: int, last: int) -> None:
         if slot != last:
-            if self._filled[last]:
-                self._cache.copy(last, slot, self._filled[last])
+            # Its last drafts may turn out to be right: their keys come along.
+            if held := self._filled[last] + len(self._drafted[last]):
+                self._cache.copy(last, slot, held)
             self._ids[slot], self._drafted[slot] = self._ids[last], self._drafted[last]
         move(self._filled, slot, last)
         del self._ids[last:], self._drafted[last:]

@@ -3,8 +3,11 @@
 An edit names an element by its id, the root by `root`, and a text, which has no id, by its parent and place: `12.3` is
 the child number 3 (from 0) of element 12, at the moment when the edit is applied.
 
-Invariants: `apply(diff(a, b), a) == b` for any two pages; a script has at most as many edits as the pages have nodes
-and fields; what stays where it was is never mentioned.
+`load` says the same change as another document that takes the page's place, in which elements of the old page stand for
+themselves: what a link or a form leads to is briefer so.
+
+Invariants: `apply(diff(a, b), a) == b` for any two pages, and `apply((load(a, b),), a) == b` where there is a `load`;
+what `diff` gives has at most as many edits as the pages have nodes and fields, and never mentions what stays.
 """
 
 from __future__ import annotations
@@ -16,11 +19,13 @@ from typing import Literal, get_args
 
 from msgspec.structs import replace
 
-from shoal.envs.web.tree import Node, Page
+from shoal.envs.web.tree import ROOT_ROLE, Node, Page
 from shoal.errors import RecordError
 
 ROOT = "root"
 MAX_EDITS = 50_000
+KEEP = "keep"
+"""The role of a node in `Load` that stands for the old page's element with its id, and all below that."""
 
 Field = Literal["role", "name", "value", "states"]
 FIELDS: tuple[Field, ...] = get_args(Field)
@@ -62,7 +67,17 @@ class Insert:
     node: Node
 
 
-Edit = Navigate | Remove | Set | Insert
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Another document takes the page's place."""
+
+    url: str
+    title: str
+    nodes: tuple[Node, ...]
+    """What is below the root."""
+
+
+Edit = Navigate | Remove | Set | Insert | Load
 Script = tuple[Edit, ...]
 
 
@@ -134,6 +149,44 @@ def diff(before: Page, after: Page) -> Script:
     return (*removals, *changes, *insertions)
 
 
+def load(before: Page, after: Page) -> Load | None:
+    """The one edit that makes `after` of `before` as another document; None where it cannot say that."""
+    root = after.root
+    if replace(root, name="", children=()) != Node(role=ROOT_ROLE) or any(node.role == KEEP for node in root.walk()):
+        return None
+    old = {node.id: node for node in before.root.walk() if node.id}
+
+    def brief(node: Node) -> Node:
+        if node.id and old.get(node.id) == node:
+            return Node(role=KEEP, id=node.id)
+        return replace(node, children=tuple(map(brief, node.children)))
+
+    return Load(after.url, after.title, tuple(map(brief, root.children)))
+
+
+def _loaded(edit: Load, old: dict[str, Node], *, strict: bool) -> Node:
+    """The new document's root.
+
+    Raises:
+        EditError: with `strict`, it keeps what is not there, or has an id twice.
+    """
+    seen: set[str] = set()
+
+    def full(node: Node) -> Iterator[Node]:
+        kept = node.role == KEEP
+        found = old.get(node.id) if kept else node
+        ids = [] if found is None else [one.id for one in (found.walk() if kept else (found,)) if one.id]
+        if found is None or len(set(ids)) < len(ids) or seen.intersection(ids):
+            if strict:
+                raise EditError(f"[{node.id}] is not there to be kept, or is there twice.")
+            return
+        seen.update(ids)
+        below = found.children if kept else tuple(one for child in node.children for one in full(child))
+        yield replace(found, children=below)
+
+    return Node(role=ROOT_ROLE, name=edit.title, children=tuple(one for node in edit.nodes for one in full(node)))
+
+
 def _align(old: Sequence[Node], new: Sequence[Node]) -> list[tuple[int | None, int | None]]:
     """Places of children side by side: pairs that stay, old ones that go, new ones that come; in the new order."""
     # A node without an id is the same only if all of it is.
@@ -179,6 +232,15 @@ def apply(script: Sequence[Edit], page: Page, *, strict: bool = True) -> Page:
 
     enter(root)
 
+    def become(edit: Load) -> None:
+        nonlocal root, url
+        old = {one: draft.done() for one, draft in nodes.items() if one != ROOT}
+        root, url = _Draft.of(_loaded(edit, old, strict=strict)), edit.url
+        parents.clear()
+        nodes.clear()
+        nodes[ROOT] = root
+        enter(root)
+
     def find(target: str) -> tuple[_Draft | None, _Draft]:
         """Parent and node."""
         if target in nodes:
@@ -195,6 +257,8 @@ def apply(script: Sequence[Edit], page: Page, *, strict: bool = True) -> Page:
         match edit:
             case Navigate(to):
                 url = to
+            case Load():
+                become(edit)
             case Remove(target):
                 parent, draft = find(target)
                 if parent is None:

@@ -9,9 +9,14 @@
         [30] link 'Check out'
                 StaticText 'now'
 
+    load 'http://shop.test/product/3' 'Green Bowl'
+        [5] keep ''
+        [9] heading 'Green Bowl'
+
 Nothing changed is `same`. Invariants: `read_script(write_script(s)) == s`; whatever the grammar lets through is a
-script, and names no element but those of the page it was made for. That it fits the page as well is `apply`'s to say,
-or to mend (`strict=False`): an edit can make a later one pointless.
+script, names no old element but those it was made for, gives new ones none but known roles and states, and stays on
+the page's site. That it fits the page as well is `apply`'s to say, or to mend (`strict=False`): an edit can make a
+later one pointless.
 """
 
 from __future__ import annotations
@@ -19,22 +24,61 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from shoal.envs.dream.edit import FIELDS, MAX_EDITS, ROOT, Edit, EditError, Field, Insert, Navigate, Remove, Script, Set
-from shoal.envs.web.tree import QUOTED, Page, quote, read_nodes, unquote
+from shoal.envs.dream.edit import (
+    FIELDS,
+    KEEP,
+    MAX_EDITS,
+    ROOT,
+    Edit,
+    EditError,
+    Field,
+    Insert,
+    Load,
+    Navigate,
+    Remove,
+    Script,
+    Set,
+    diff,
+    load,
+)
+from shoal.envs.web.listed import listed
+from shoal.envs.web.tree import QUOTED, Page, estimate_tokens, quote, read_nodes, unquote
 from shoal.protocol.sampling import Grammar
 
 SAME = "same"
 MAX_SCRIPT_CHARS = 1 << 20
 MAX_INSERT_DEPTH = 8
 """How deep the grammar lets an inserted tree be."""
-MAX_WORDS_CHARS = 120
+MAX_WORDS_CHARS = 160
 """The grammar lets no longer text be written."""
+ROLES = frozenset(
+    listed(
+        """link button heading textbox searchbox spinbutton combobox listbox option checkbox radio switch slider form
+    navigation table row cell gridcell columnheader rowheader image list listitem generic group radiogroup tab tablist
+    tabpanel menu menubar menuitem dialog alert status log article banner main region search figure separator
+    progressbar tree treeitem Date DateTime InputTime paragraph StaticText"""
+    )
+)
+"""Roles that the grammar lets a new element have, beside those of the page."""
+STATES = listed(
+    """checked collapsed disabled expanded focused invalid mixed modal multiline multiselectable pressed readonly
+    required selected clickable"""
+)
 
 _TARGET = r"\[((?:root|[A-Za-z0-9]{1,16})(?:\.[0-9]{1,5})?)\]"
 _NAVIGATE = re.compile(rf"navigate ({QUOTED})")
 _REMOVE = re.compile(rf"remove {_TARGET}")
 _SET = re.compile(rf"set {_TARGET} ({'|'.join(FIELDS)}) ({QUOTED})")
+_LOAD = re.compile(rf"load ({QUOTED}) ({QUOTED})")
 _INSERT = re.compile(r"insert \[(root|[A-Za-z0-9]{1,16})\] ([0-9]{1,5})")
+
+
+def brief(before: Page, after: Page) -> Script:
+    """The change from one page to the other in fewer words: edits one by one, or another document."""
+    edits, whole = diff(before, after), load(before, after)
+    if whole is None or estimate_tokens(write_script(edits)) <= estimate_tokens(write_script((whole,))):
+        return edits
+    return (whole,)
 
 
 def write_script(script: Sequence[Edit]) -> str:
@@ -51,6 +95,9 @@ def write_script(script: Sequence[Edit]) -> str:
             case Insert(parent, index, node):
                 lines.append(f"insert [{parent}] {index}")
                 lines += node.lines(1)
+            case Load(url, title, nodes):
+                lines.append(f"load {quote(url)} {quote(title)}")
+                lines += [line for node in nodes for line in node.lines(1)]
     return "\n".join(lines) or SAME
 
 
@@ -70,14 +117,18 @@ def read_script(text: str) -> Script:
     while at < len(lines):
         line = lines[at]
         at += 1
+        end = at
+        while end < len(lines) and lines[end].startswith("\t"):
+            end += 1
         if found := _INSERT.fullmatch(line):
-            end = at
-            while end < len(lines) and lines[end].startswith("\t"):
-                end += 1
             nodes = read_nodes([one[1:] for one in lines[at:end]])
             if len(nodes) != 1:
                 raise EditError("an insertion has exactly one node.")
             edits.append(Insert(found[1], int(found[2]), nodes[0]))
+            at = end
+        elif found := _LOAD.fullmatch(line):
+            nodes = read_nodes([one[1:] for one in lines[at:end]])
+            edits.append(Load(unquote(found[1]), unquote(found[2]), tuple(nodes)))
             at = end
         else:
             edits.append(_read_line(line))
@@ -97,18 +148,35 @@ def _read_line(line: str) -> Edit:
     raise EditError(f"{line[:80]!r} is no edit.")
 
 
-def script_grammar(page: Page) -> Grammar:
-    """What the script of a change of this page must be."""
-    ids = "|".join([ROOT, *(node.id for node in page.root.walk() if node.id)])
-    quoted = rf"'([^'\\\x00-\x1f]|\\[\\'nrt]){{0,{MAX_WORDS_CHARS}}}'"
-    node = rf"(\[[0-9]{{1,5}}\] )?[A-Za-z]{{1,24}} {quoted}(, value={quoted})?(, [a-z]{{2,20}}){{0,4}}"
+def script_grammar(page: Page, ids: Sequence[str] | None = None, *, reason_chars: int = 0) -> Grammar:
+    """What the script of a change of this page must be.
+
+    Args:
+        ids: the elements that may be named; by default all of the page.
+        reason_chars: the script comes after one line of at most so many characters; 0: there is no such line.
+    """
+    known = [node.id for node in page.root.walk() if node.id]
+    old = "|".join(known if ids is None else ids)
+    named = f"{ROOT}|{old}" if old else ROOT
+    letters = rf"([^'\\\x00-\x1f]|\\[\\'nrt]){{0,{MAX_WORDS_CHARS}}}"
+    origin = re.match(r"[a-z]+://[^/]*", page.url)
+    site = re.escape(quote(origin[0])[1:-1]).replace("/", "\\/") if origin else ""
+    roles = "|".join(sorted((ROLES | {node.role for node in page.root.walk()}) - {KEEP}))
+    states = "|".join(STATES)
+    node = rf"(\[[0-9]{{1,5}}\] )?({roles}) '{letters}'(, value='{letters}')?(, ({states})){{0,4}}"
+    if old:
+        node += rf"|\[({old})\] {KEEP} ''"
+    reason = rf"REASON: /[^\x00-\x1f]{{1,{reason_chars}}}/"
+    start = f'"{SAME}" | LOAD n1* | edit ("\\n" edit)*'
     lines = [
-        f'start: "{SAME}" | edit ("\\n" edit)*',
+        *([f'start: REASON "\\n" ({start})', reason] if reason_chars else [f"start: {start}"]),
         "edit: NAVIGATE | REMOVE | SET | INSERT n1",
-        f"NAVIGATE: /navigate {quoted}/",
-        rf"REMOVE: /remove \[({ids})(\.[0-9]{{1,4}})?\]/",
-        rf"SET: /set \[({ids})(\.[0-9]{{1,4}})?\] (role|name|value|states) {quoted}/",
-        rf"INSERT: /insert \[({ids})\] [0-9]{{1,4}}/",
+        rf"LOAD: /load '{site}{letters}' '{letters}'/",
+        rf"NAVIGATE: /navigate '{site}{letters}'/",
+        rf"REMOVE: /remove \[({named})(\.[0-9]{{1,4}})?\]/",
+        rf"SET: /set \[({named})(\.[0-9]{{1,4}})?\] ((name|value) '{letters}'|role '({roles})'"
+        rf"|states '(({states})( ({states})){{0,3}})?')/",
+        rf"INSERT: /insert \[({named})\] [0-9]{{1,4}}/",
         f"NODE: /{node}/",
     ]
     for depth in range(1, MAX_INSERT_DEPTH + 1):

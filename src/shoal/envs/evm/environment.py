@@ -89,13 +89,20 @@ class EvmQuests(Environment):
     """Addresses that the agent has read in this episode."""
 
     def task(self, split: Split, index: int, seed: int) -> Task:
+        return self._drawn(split, index, seed)
+
+    def sibling(self, task_id: str, index: int, seed: int) -> Task:
+        return self._drawn("train", index, seed, task_id.partition("/")[0])
+
+    def _drawn(self, split: Split, index: int, seed: int, template: str = "") -> Task:
         check_cursor(index)
         definitions = _selected(self.settings)
         rng = Random(stable_int("evm", split, seed, index))
         if split == "heldout":
             definition = definitions[index % len(definitions)]
         else:
-            definition = rng.choice(self._open(definitions, index))
+            alike = [definition for definition in definitions if definition.id == template]
+            definition = rng.choice(alike or self._open(definitions, index))
         # The last bit of an instance's seed is its side.
         instance = rng.getrandbits(61) * 2 + (split == "heldout")
         return Task(env=self.name, id=f"{definition.id}/{instance}", seed=instance)
@@ -125,6 +132,10 @@ class EvmQuests(Environment):
         messages = opening(quest, style=self.settings.prompt)
         self._seen = frozenset()
         return Observation(messages, self._grammar(quest, " ".join(message.content for message in messages)))
+
+    def also_read(self, notes: str) -> Grammar | None:
+        assert self._quest is not None, "notes are read in an episode that has begun"
+        return self._grammar(self._quest, notes)
 
     def _grammar(self, quest: Quest, read: str) -> Grammar | None:
         """What the agent's next reply must match, now that it has read this."""

@@ -1,7 +1,7 @@
 """The web as an environment: read an instruction and a page's tree, act by one line, be judged by what became of it.
 
-Responsibilities: which task is asked when, what is held out, and the words around a page. Observations are cut to a
-budget of tokens, and marked where they are cut; `scroll` moves to the part that is not shown.
+Responsibilities: which task is asked when, what is held out, and what an episode's acts lead to. Observations are cut
+to a budget of tokens, and marked where they are cut; `scroll` moves to the part that is not shown (`reading`).
 
 Invariants: held-out sites and templates are never trained on (with `heldout = "instance"` it is their seeds that are
 not); an action that cannot be done is an observation that says why, and costs a step; a fault of the browser is an
@@ -25,26 +25,17 @@ from shoal.envs.base import (
     stable_fraction,
     stable_int,
 )
-from shoal.envs.web.actions import ActionError, Scroll, action_grammar, read_action
+from shoal.envs.web.actions import ActionError, Scroll, read_action
 from shoal.envs.web.browser import require_browser
 from shoal.envs.web.play import MINIWOB, Play, all_tasks
+from shoal.envs.web.reading import Constrain, Reading, opening
 from shoal.envs.web.sites.templates import SITES
-from shoal.envs.web.tree import Window, window
+from shoal.envs.web.tree import Window
 from shoal.errors import TaskError
 from shoal.protocol.chat import Message
 from shoal.protocol.episode import Task
-from shoal.protocol.sampling import Grammar
 
 WORLDS = (MINIWOB, *SITES)
-
-RULES = """You use a web page. Each element has its [id]. Answer with one action:
-click [id]
-type [id] [text] [1 to press Enter, else 0]
-select [id] [option]
-scroll [down] or scroll [up]
-go_back
-stop [answer, if one is asked for]
-Stop when the task is done."""
 
 
 class WebSettings(EnvironmentSettings):
@@ -59,8 +50,11 @@ class WebSettings(EnvironmentSettings):
     budget_tokens: int = Field(default=384, ge=64, le=32_768)
     """About how many tokens an observation may have."""
     max_steps: int = Field(default=12, ge=1, le=100)
-    constrain: Literal["no", "form", "seen"] = "no"
+    constrain: Constrain = "no"
     """`form`: a grammar lets the agent write nothing but actions; `seen`: and name no element but those it is shown."""
+    content: int | None = Field(default=None, ge=0)
+    """Seed of what the sites are about, the same in every episode, as with a real site; absent: every episode has
+    other products, threads and accounts."""
     heldout: Literal["both", "template", "site", "instance"] = "both"
     """What is never trained on: templates, a site, both of these; or, of every template, the seeds alone. Evaluation
     asks what is named here."""
@@ -121,9 +115,10 @@ class Web(Environment):
         require_browser()
         self._train, self._heldout = self.settings.split()
         self._steps = self._invalid = 0
-        self._starts = [0]
-        """Where the windows begin that lead to the one shown."""
-        self._window: Window | None = None
+        self._reading = self._new_reading()
+
+    def _new_reading(self) -> Reading:
+        return Reading(self.settings.budget_tokens, self.settings.constrain)
 
     @property
     def play(self) -> Play:
@@ -139,8 +134,7 @@ class Web(Environment):
     @property
     def shown(self) -> Window:
         """What the agent sees of the page now."""
-        assert self._window is not None, "an episode begins with a window"
-        return self._window
+        return self._reading.shown
 
     def task(self, split: Split, index: int, seed: int) -> Task:
         check_cursor(index)
@@ -152,27 +146,14 @@ class Web(Environment):
 
     async def reset(self, task: Task) -> Observation:
         await self.close()
-        play = self._play = await Play.begin(task.id.rpartition("/")[0], task.seed)
+        play = self._play = await Play.begin(task.id.rpartition("/")[0], task.seed, self.settings.content)
         self._steps = self._invalid = 0
-        self._starts = [0]
-        shown = self._show()
-        content = f"{RULES}\n\nTask: {play.instruction}\n\n{shown}"
-        return Observation((Message(role="user", content=content),), self._grammar())
-
-    def _show(self) -> str:
-        assert self._play is not None
-        self._window = window(self._play.page, self.settings.budget_tokens, self._starts[-1])
-        return self._window.text
-
-    def _grammar(self) -> Grammar | None:
-        if self.settings.constrain == "no" or self._play is None or self._window is None:
-            return None
-        seen = self._window.ids if self.settings.constrain == "seen" else None
-        cut = self._window.start > 0 or self._window.end < self._window.total
-        return action_grammar(self._play.page, seen, can_scroll=cut)
+        self._reading = self._new_reading()
+        content = opening(play.instruction, self._reading.show(play.page))
+        return Observation((Message(role="user", content=content),), self._reading.grammar(play.page))
 
     async def step(self, action: str, *, truncated: bool = False) -> Step:
-        play, shown = self.play, self.shown
+        play = self.play
         self._steps += 1
         remark = ""
         url = play.page.url
@@ -180,25 +161,20 @@ class Web(Environment):
             read = read_action(action)
             await play.act(read)
             if isinstance(read, Scroll):
-                self._scroll(read, shown)
+                self._reading.scroll(read)
             elif not play.done and play.page.url != url:
-                self._starts = [0]
+                self._reading.turn()
         except ActionError as error:
             self._invalid += 1
             remark = f"{error}\n"
         if not play.done and self._steps >= self.settings.max_steps:
             await play.finish()
         if not play.done:
-            return Step(remark + self._show(), 0.0, False, self._info(0.0), self._grammar())
+            shown = self._reading.show(play.page)
+            return Step(remark + shown, 0.0, False, self._info(0.0), self._reading.grammar(play.page))
         reward = play.reward
         await self.close()
         return Step("", reward, True, self._info(reward))
-
-    def _scroll(self, action: Scroll, shown: Window) -> None:
-        if action.direction == "down" and shown.end < shown.total:
-            self._starts.append(shown.end)
-        elif action.direction == "up" and len(self._starts) > 1:
-            self._starts.pop()
 
     def _info(self, reward: float) -> dict[str, Any]:
         return {

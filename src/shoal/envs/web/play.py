@@ -40,8 +40,8 @@ class Play:
         self._broken = False
 
     @classmethod
-    async def begin(cls, kind: str, seed: int) -> Play:
-        """Show the first page of task `kind`'s instance `seed`.
+    async def begin(cls, kind: str, seed: int, content: int | None = None) -> Play:
+        """Show the first page of task `kind`'s instance `seed`, on a site that is about `content` (see `Site`).
 
         Raises:
             TaskError: there is no such task.
@@ -52,7 +52,7 @@ class Play:
             raise TaskError(f"there is no task {kind!r} on the web.", "Its tasks are listed in docs/web.md.")
         require_browser()
         browser = the_browser()
-        instance = Instance(TEMPLATES[kind], seed) if kind in TEMPLATES else None
+        instance = Instance(TEMPLATES[kind], seed, content) if kind in TEMPLATES else None
         sites = {miniwob.HOST: miniwob.pages()} if instance is None else {instance.site.host: instance.site}
         play = cls(kind, await browser.run(browser.take(kind if instance is None else "", sites)))
         try:

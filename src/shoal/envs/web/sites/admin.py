@@ -44,15 +44,17 @@ class Admin(Site):
     title = "Accounts"
     menu = {"/": "Accounts", "/new": "New account", "/settings": "Settings"}
 
-    def fill(self, rng: Random) -> None:
-        logins = rng.sample(range(3, 400), NUM_ACCOUNTS)
+    def fill(self, rng: Random, content: Random) -> None:
+        logins = content.sample(range(3, 400), NUM_ACCOUNTS)
         self.accounts = {
-            number: Account(number, name, email(name), rng.choice(ROLES), rng.random() < 0.8, logins[number - 1])
-            for number, name in enumerate(people(rng, NUM_ACCOUNTS), start=1)
+            number: Account(
+                number, name, email(name), content.choice(ROLES), content.random() < 0.8, logins[number - 1]
+            )
+            for number, name in enumerate(people(content, NUM_ACCOUNTS), start=1)
         }
-        self.site_name = f"{rng.choice(TOWNS)} Archive"
-        self.language = rng.choice(LANGUAGES)
-        self.open = rng.random() < 0.5
+        self.site_name = f"{content.choice(TOWNS)} Archive"
+        self.language = content.choice(LANGUAGES)
+        self.open = content.random() < 0.5
 
     def state(self) -> Any:
         accounts = [asdict(account) for account in self.accounts.values()]

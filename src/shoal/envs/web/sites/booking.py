@@ -53,12 +53,14 @@ class Booking(Site):
     title = "Booking Desk"
     menu = {"/": "Services", "/mine": "My bookings", "/contact": "Contact", "/profile": "Profile"}
 
-    def fill(self, rng: Random) -> None:
-        self.prices = dict(zip(SERVICES, rng.sample(range(15, 95), len(SERVICES)), strict=True))
+    def fill(self, rng: Random, content: Random) -> None:
+        self.prices = dict(zip(SERVICES, content.sample(range(15, 95), len(SERVICES)), strict=True))
         self.slots: list[Slot] = []
         mine = rng.sample(SERVICES, 2)
         for service in SERVICES:
-            times = sorted((DAYS.index(day), time) for day in rng.sample(DAYS, 3) for time in rng.sample(TIMES, 2))
+            times = sorted(
+                (DAYS.index(day), time) for day in content.sample(DAYS, 3) for time in content.sample(TIMES, 2)
+            )
             slots = [Slot(service, DAYS[day], time) for day, time in times]
             if service in mine:
                 taken = rng.choice(slots)

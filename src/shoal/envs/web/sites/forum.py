@@ -46,18 +46,18 @@ class Forum(Site):
     title = "Village Forum"
     menu = {"/": "Boards", "/followed": "Followed", "/profile": "Profile"}
 
-    def fill(self, rng: Random) -> None:
-        self.me, *others = people(rng, 7)
+    def fill(self, rng: Random, content: Random) -> None:
+        self.me, *others = people(content, 7)
         self.signature = "Cheers"
         self.threads: list[Thread] = []
-        topics = rng.sample(TOPICS, len(BOARDS) * THREADS_PER_BOARD)
+        topics = content.sample(TOPICS, len(BOARDS) * THREADS_PER_BOARD)
         for number, topic in enumerate(topics):
-            thread = Thread(BOARDS[number % len(BOARDS)], rng.choice(OPENINGS).format(topic))
+            thread = Thread(BOARDS[number % len(BOARDS)], content.choice(OPENINGS).format(topic))
             # Nobody posts twice in a thread, so that an author names a post.
-            for author in rng.sample(others, rng.randint(2, 4)):
-                thread.posts.append(Post(author, rng.choice(REMARKS), rng.randint(0, 9)))
+            for author in content.sample(others, content.randint(2, 4)):
+                thread.posts.append(Post(author, content.choice(REMARKS), content.randint(0, 9)))
             if number % 3 == 0:
-                thread.posts.insert(rng.randint(1, len(thread.posts)), Post(self.me, rng.choice(REMARKS)))
+                thread.posts.insert(content.randint(1, len(thread.posts)), Post(self.me, content.choice(REMARKS)))
             self.threads.append(thread)
 
     def state(self) -> Any:

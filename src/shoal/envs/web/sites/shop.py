@@ -51,14 +51,14 @@ class Shop(Site):
     title = "Corner Shop"
     menu = {"/": "Home", "/basket": "Basket", "/wishes": "Wishes", "/orders": "Orders"}
 
-    def fill(self, rng: Random) -> None:
+    def fill(self, rng: Random, content: Random) -> None:
         self.stock = Stock()
         for category, things in THINGS.items():
             # Prices and stars differ within a category, so that there is one cheapest and one best.
-            prices = rng.sample(range(3, 90), PRODUCTS_PER_CATEGORY)
+            prices = content.sample(range(3, 90), PRODUCTS_PER_CATEGORY)
             for thing, price in zip(things, prices, strict=True):
-                name = f"{rng.choice(COLOURS)} {thing}"
-                self.stock.products.append(Product(name, category, price, rng.randint(1, 5)))
+                name = f"{content.choice(COLOURS)} {thing}"
+                self.stock.products.append(Product(name, category, price, content.randint(1, 5)))
         names = [product.name for product in self.stock.products]
         for name in rng.sample(names, 2):
             self.stock.basket[name] = rng.randint(1, 3)

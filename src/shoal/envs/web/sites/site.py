@@ -1,6 +1,6 @@
 """What the sites share: from a request to a page, and HTML written so that nothing in it is markup by accident.
 
-Invariants: a site's pages and state depend on its seed and the requests alone; a request that makes no sense is
+Invariants: a site's pages and state depend on its seeds and the requests alone; a request that makes no sense is
 answered by a page, and changes nothing; only POST changes state.
 """
 
@@ -27,20 +27,28 @@ class Refused(Exception):
 
 
 class Site(ABC):
-    """One site as it stands for one episode."""
+    """One site as it stands for one episode.
+
+    Args:
+        seed: of what differs from episode to episode.
+        content: seed of what the site is about (its products, threads, articles, accounts). Absent: `seed`, so that
+            every episode has a site of its own; the same for all, and it is one site that many episodes visit.
+    """
 
     host: ClassVar[str]
     title: ClassVar[str]
     menu: ClassVar[Mapping[str, str]]
     """Path -> words of the links that every page has."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, content: int | None = None) -> None:
         self.seed = seed
-        self.fill(Random(stable_int("site", self.host, seed)))
+        self.content = content
+        about = seed if content is None else content
+        self.fill(Random(stable_int("site", self.host, seed)), Random(stable_int("content", self.host, about)))
 
     @abstractmethod
-    def fill(self, rng: Random) -> None:
-        """Set the state that `seed` stands for."""
+    def fill(self, rng: Random, content: Random) -> None:
+        """Set the state that the two seeds stand for."""
 
     @abstractmethod
     def state(self) -> Any:

@@ -55,24 +55,32 @@ class Template(ABC, Generic[S]):
 
 
 class Instance(Generic[S]):
-    """One task of a template."""
+    """One task of a template; its site is about what `content` says (see `Site`)."""
 
-    def __init__(self, template: Template[S], seed: int) -> None:
+    def __init__(self, template: Template[S], seed: int, content: int | None = None) -> None:
         self.template = template
-        self.site = template.site(seed)
+        self.site = template.site(seed, content)
         """The one that the agent uses."""
         rng = Random(stable_int("template", template.id, seed))
-        self.params = template.draw(template.site(seed), rng)
+        self.params = template.draw(template.site(seed, content), rng)
         self.instruction = rng.choice(template.words).format(**self.params)
 
     def policy(self, page: Page) -> Policy:
         """The reference policy for this instance."""
         return self.template.solve(page, self.params)
 
+    @property
+    def wanted(self) -> str | None:
+        """The answer that is asked for; None where none is."""
+        return self.template.answer(self._unused(), self.params)
+
+    def _unused(self) -> S:
+        return self.template.site(self.site.seed, self.site.content)
+
     def succeeded(self, answer: str) -> bool:
         """Whether the site is as it should be, and the answer is right."""
-        wanted = self.template.answer(self.template.site(self.site.seed), self.params)
-        expected = self.template.site(self.site.seed)
+        wanted = self.wanted
+        expected = self._unused()
         self.template.do(expected, self.params)
         return self.site.state() == expected.state() and (wanted is None or same(answer, wanted))
 

@@ -32,26 +32,26 @@ class Wiki(Site):
     title = "Townpedia"
     menu = {"/": "Contents", "/watched": "Watched", "/new": "New article"}
 
-    def fill(self, rng: Random) -> None:
+    def fill(self, rng: Random, content: Random) -> None:
         self.articles: dict[str, Article] = {}
-        towns = rng.sample(TOWNS, 9)
-        mayors = people(rng, 9)
-        sizes = rng.sample(range(1_000, 90_000, 7), 9)
+        towns = content.sample(TOWNS, 9)
+        mayors = people(content, 9)
+        sizes = content.sample(range(1_000, 90_000, 7), 9)
         for number, town in enumerate(towns):
             facts = {
                 "Population": str(sizes[number]),
-                "Founded": str(rng.randint(800, 1900)),
+                "Founded": str(content.randint(800, 1900)),
                 "Mayor": mayors[number],
-                "River": rng.choice(RIVERS),
+                "River": content.choice(RIVERS),
             }
             region = REGIONS[number % len(REGIONS)]
             article = Article(town, facts, [region], f"{town} is a town in {region}.")
-            if rng.random() < 0.5:
-                article.past.append({**facts, "Population": str(rng.randint(1_000, 90_000))})
+            if content.random() < 0.5:
+                article.past.append({**facts, "Population": str(content.randint(1_000, 90_000))})
             self.articles[town] = article
         for number, region in enumerate(REGIONS):
             inside = towns[number :: len(REGIONS)]
-            capital = rng.choice(inside)
+            capital = content.choice(inside)
             self.articles[region] = Article(region, {"Capital": capital}, sorted(inside), f"{region} is a region.")
 
     def state(self) -> Any:

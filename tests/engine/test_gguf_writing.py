@@ -1,0 +1,52 @@
+"""A checkpoint written as GGUF is read back as the model that it was, by the reader of `transformers`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from engine_cases import PLAIN, make_checkpoint
+
+from shoal.engine.gguf_writing import Kind, write_gguf
+from shoal.engine.source import LocalModel, resolve
+from shoal.engine.tokenizer import Tokenizer
+from shoal.errors import ModelError, ShoalError
+
+TEXT = "Hello, what is 12 + 7? ünïcode <|im_end|>"
+
+
+WAYS: list[tuple[str, Kind]] = [(PLAIN, "f32"), (PLAIN, "bf16"), ("qwen3", "f32"), ("qwen2", "f16")]
+
+
+@pytest.mark.parametrize(("architecture", "kind"), WAYS)
+def test_what_was_written_is_read_back(architecture: str, kind: Kind, tmp_path: Path) -> None:
+    model = LocalModel("m", make_checkpoint(tmp_path / "model", architecture))
+    assert write_gguf(model, tmp_path / "m.gguf", kind) == (tmp_path / "m.gguf").stat().st_size
+    back = resolve(str(tmp_path / "m.gguf"), tmp_path / "cache")
+    wanted, found = model.tensors(), back.tensors()
+    assert found.keys() == wanted.keys() - ({"lm_head.weight"} if model.config().tie_word_embeddings else set())
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.float(), wanted[name].float(), rtol=2**-7, atol=1e-6)
+    assert Tokenizer(back.directory).encode(TEXT) == Tokenizer(model.directory).encode(TEXT)
+
+
+def test_eight_bits_are_near(tmp_path: Path) -> None:
+    model = LocalModel("m", make_checkpoint(tmp_path / "model"))
+    write_gguf(model, tmp_path / "m.gguf", "q8_0")
+    wanted = model.tensors()["model.embed_tokens.weight"].float()
+    (stored,) = [one for one in gguf.GGUFReader(tmp_path / "m.gguf").tensors if one.name == "token_embd.weight"]
+    back = torch.from_numpy(gguf.quants.dequantize(stored.data, stored.tensor_type).copy())
+    assert (back - wanted).abs().max() <= wanted.abs().max() / 100
+
+
+def test_what_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    model = LocalModel("m", make_checkpoint(tmp_path / "model"))
+    write_gguf(model, tmp_path / "m.gguf")
+    with pytest.raises(ShoalError, match="is there already"):
+        write_gguf(model, tmp_path / "m.gguf")
+    (model.directory / "tokenizer.json").write_text("{")
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        write_gguf(model, tmp_path / "other.gguf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
