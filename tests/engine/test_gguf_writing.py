@@ -22,7 +22,9 @@ WAYS: list[tuple[str, Kind]] = [(PLAIN, "f32"), (PLAIN, "bf16"), ("qwen3", "f32"
 
 @pytest.mark.parametrize(("architecture", "kind"), WAYS)
 def test_what_was_written_is_read_back(architecture: str, kind: Kind, tmp_path: Path) -> None:
-    model = LocalModel("m", make_checkpoint(tmp_path / "model", architecture))
+    # That reader takes Qwen3's heads for 128 wide, whatever the file says.
+    width = {"head_dim": 128} if architecture == "qwen3" else {}
+    model = LocalModel("m", make_checkpoint(tmp_path / "model", architecture, **width))
     assert write_gguf(model, tmp_path / "m.gguf", kind) == (tmp_path / "m.gguf").stat().st_size
     back = resolve(str(tmp_path / "m.gguf"), tmp_path / "cache")
     wanted, found = model.tensors(), back.tensors()
@@ -50,3 +52,10 @@ def test_what_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
         write_gguf(model, tmp_path / "other.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
+
+
+def test_heads_that_the_reader_takes_for_wider_are_an_error_and_not_another_model(tmp_path: Path) -> None:
+    model = LocalModel("m", make_checkpoint(tmp_path / "model", "qwen3"))
+    write_gguf(model, tmp_path / "m.gguf", "f32")
+    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+        resolve(str(tmp_path / "m.gguf"), tmp_path / "cache")

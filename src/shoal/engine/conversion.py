@@ -80,7 +80,7 @@ def _convert(gguf: Path, made: Path, target: Path, progress: Callable[[str], Non
         try:
             model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.bfloat16, **place)
             tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **place)
-        except (OSError, ValueError, KeyError, IndexError, struct.error) as error:
+        except (OSError, ValueError, KeyError, IndexError, RuntimeError, struct.error) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise ModelError(f"{gguf} cannot be read as GGUF: {reason}.", "Fetch it again.") from None
         # What marks the model as quantised would make save_pretrained refuse; its tensors are plain bf16 by now.
