@@ -280,7 +280,7 @@ def _teach(
     begin = 0
     if (saved := checkpoints.load_latest(out / CHECKPOINTS)) is not None:
         try:
-            pupil.module.load_state_dict(dict(saved.weights))
+            pupil.restore(saved.weights)
         except RuntimeError:
             raise RecordError("the checkpoint does not fit this drafter.", f"Remove {out / CHECKPOINTS}.") from None
         optimizer.load_state_dict(saved.optimizer)
@@ -305,7 +305,7 @@ def _teach(
                 + f", {each:.2f} s a step"
             )
         if report.step % checkpoint_every == 0 or last:
-            state = dict(pupil.module.state_dict())
+            state = pupil.state()
             checkpoints.save(
                 out / CHECKPOINTS, checkpoints.Checkpoint(report.step, state, optimizer.state_dict(), extra={})
             )

@@ -15,6 +15,7 @@ from shoal.engine.speculation.eagle_training import Plan
 from shoal.engine.speculation.student_training import StudentPupil, spread
 from shoal.engine.speculation.writing import TargetText
 from shoal.errors import ModelError
+from shoal.learner import checkpoint as checkpoints
 from shoal.learner.optimizer import MasterAdamW
 from shoal.protocol.sampling import SamplingParams
 
@@ -52,6 +53,14 @@ def test_a_student_learns_and_drafts_as_often_right_as_was_reported(
     after, accept = pupil.evaluate(texts, plan)
     assert len(reports) == 30 and after < before * 0.8
     assert torch.equal(frozen, pupil.module.get_input_embeddings().weight)
+    checkpoints.save(tmp_path, checkpoints.Checkpoint(30, pupil.state(), optimizer.state_dict()))
+    saved = checkpoints.load_latest(tmp_path)
+    other = StudentPupil(local(deep), 2, dtype="fp32", device="cpu", threads=1)
+    assert saved is not None
+    other.restore(saved.weights)
+    assert other.evaluate(texts, plan) == (after, accept), "it goes on from its checkpoint"
+    with pytest.raises(RuntimeError):
+        StudentPupil(local(deep), 1, dtype="fp32", device="cpu", threads=1).restore(saved.weights)
     folder = tmp_path / "student"
     pupil.save(folder)
     drafters = Drafters(LocalModel("student", folder), local(deep), torch.float32, torch.device("cpu"))

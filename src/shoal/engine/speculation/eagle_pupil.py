@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,6 @@ class Pupil:
     teacher: Teacher
 
     @property
-    def module(self) -> EagleHead:
-        return self.head
-
-    @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """What learns."""
         return dict(self.head.named_parameters())
@@ -54,6 +50,14 @@ class Pupil:
     def evaluate(self, texts: Sequence[TargetText], plan: Plan) -> tuple[float, list[float]]:
         """As `eagle_training.evaluate`."""
         return evaluate(self.head, self.embedding_VH, self.teacher, texts, plan)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds."""
+        return dict(self.head.state_dict())
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint; raises `RuntimeError` where it is of another head."""
+        self.head.load_state_dict(dict(state))
 
     def save(self, directory: Path) -> None:
         """Write the head as it is now, making the folder."""

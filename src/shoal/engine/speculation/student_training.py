@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,16 @@ class StudentPupil:
             score = own if score is None else score + own
         assert score is not None
         return total / len(texts), score.accept
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: what learns. The rest is the target's, and its head may be its embedding."""
+        return {name: each.detach() for name, each in self.parameters.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a checkpoint; raises `RuntimeError` where it is of another student."""
+        if state.keys() != self.parameters.keys():
+            raise RuntimeError("other weights learn here")
+        self.module.load_state_dict(dict(state), strict=False)
 
     def save(self, directory: Path) -> None:
         """Write the student as a checkpoint of its own, with the target's tokenizer."""
