@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from dream_cases import WEB, episode, make_reader, write_episodes
 from msgspec.structs import replace
 
+from dream_cases import WEB, episode, make_reader, write_episodes
 from shoal.config.learner import AsyncLearner
 from shoal.coordinator.verification import replay
 from shoal.engine.local import LocalEngine

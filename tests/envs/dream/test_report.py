@@ -5,7 +5,6 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 from dream_cases import category, home, node
-
 from shoal.envs.dream.report import Scene, Story, page
 from shoal.envs.dream.score import compare
 from shoal.envs.web.sites.shop import Shop
