@@ -16,7 +16,7 @@ NAME ?=
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo loop test test-all lint format bench docs release clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z.-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,9 @@ $(VENV)/.dev: $(VENV)/.runtime
 demo: $(VENV)/.runtime ## Post-train the embedded model on arithmetic, and show what it learnt.
 	$(BIN)/shoal demo $(ARGS)
 
+loop: $(VENV)/.dev ## Everything at once for half an hour: serve, act, remember, train; with a report.
+	$(BIN)/shoal loop configs/loop.toml $(ARGS)
+
 test: $(VENV)/.dev ## Run the quick tests (under ten minutes on two cores).
 	$(TEST) -n 2 -m "not slow" $(ARGS)
 
@@ -59,6 +62,16 @@ format: $(VENV)/.dev ## Rewrite the code in the house's style.
 
 bench: $(VENV)/.dev ## Run a benchmark: make bench NAME=engine. Without NAME, list them.
 	$(BIN)/shoal bench $(NAME) $(ARGS)
+
+docs: $(VENV)/.dev ## Build the documentation, strictly, into build/docs/site.
+	$(BIN)/python docs/site/build.py
+
+$(VENV)/.release: $(VENV)/.dev
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt $(PIP_ARGS) -e '.[release]'
+	@touch $@
+
+release: $(VENV)/.release ## Make in dist/ what a release is: the wheel, locks with hashes, bill of materials, licences.
+	$(BIN)/python deploy/release.py
 
 clean: ## Remove the environment and all caches; runs/ stays.
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

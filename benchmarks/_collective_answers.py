@@ -18,7 +18,7 @@ from shoal.agents.collective.work import Expert, Plan, Writer
 from shoal.coordinator.reporting.paired import paired_interval
 
 PLANNERS = 3
-AT_ONCE = 6
+AT_ONCE = 12
 TIMEOUT_S = 300.0
 
 Rows = list[dict[str, Any]]

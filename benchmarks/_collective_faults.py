@@ -21,7 +21,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from _collective_node import answer_of
-from _collective_swarm import NODES, Swarm, elsewhere, kill, start_router, swarm
+from _collective_swarm import ANSWER_S, NODES, NodeProcess, Swarm, elsewhere, kill, start_router, swarm
 from shoal.coordinator.reporting.paired import paired_interval
 from shoal.errors import TaskError
 from shoal.fabric.ticket import RouterAddress, Ticket
@@ -32,7 +32,14 @@ STEPS = 4
 PLANNERS = 3
 STEP_S = 1.0
 ACCURACY = 0.95
-TIMEOUT_S = 90.0
+
+TIMEOUT_S, MOST_S = 90.0, 600.0
+TIMES_SLOWEST = 8.0
+"""A problem may take so many times what the slowest took before anything happened, but no less than the one and no more
+than the other."""
+
+UNHARMED_S = 400.0
+"""One of those may take so long, on a machine that has other work."""
 
 KILLS_WITHIN = 0.5
 """Nodes die while this part of the row's problems is being solved."""
@@ -43,7 +50,10 @@ CUT_S = 12.0
 MEND_S = 90.0
 """Ledgers are equal again within this, or are not."""
 
+SAID_EVERY = 20
+
 Rows = list[dict[str, Any]]
+Solve = Callable[[str], Awaitable[str | None]]
 
 
 def say(text: str) -> None:
@@ -62,7 +72,7 @@ def problems(count: int, seed: int) -> list[str]:
 
 
 async def solve_all(
-    solve: Callable[[str], Awaitable[str | None]], texts: Sequence[str], at_once: int, done: Callable[[int], None]
+    solve: Solve, texts: Sequence[str], at_once: int, done: Callable[[int], None] = lambda _: None
 ) -> list[str | None]:
     """Answers in order; `done` is told how many there are."""
     slots = asyncio.Semaphore(at_once)
@@ -73,19 +83,48 @@ async def solve_all(
         async with slots:
             found = await solve(text)
         count += 1
+        if count % SAID_EVERY == 0:
+            say(f"{count} of {len(texts)} problems")
         done(count)
         return found
 
     return list(await asyncio.gather(*(one(text) for text in texts)))
 
 
-def asks(nodes: Swarm) -> Callable[[str], Awaitable[str | None]]:
+def here(nodes: Swarm, timeout_s: float) -> Solve:
     """How the node in this process solves a problem."""
 
     async def solve(text: str) -> str | None:
-        return (await nodes.poser.solve(text, planners=PLANNERS, timeout_s=TIMEOUT_S)).answer
+        return (await nodes.poser.solve(text, planners=PLANNERS, timeout_s=timeout_s)).answer
 
     return solve
+
+
+def there(node: NodeProcess, timeout_s: float) -> Solve:
+    """How another node does."""
+
+    async def solve(text: str) -> str | None:
+        answer = (await node.ask(timeout_s + ANSWER_S, problem=text, planners=PLANNERS, timeout_s=timeout_s))["answer"]
+        return None if answer is None else str(answer)
+
+    return solve
+
+
+async def slowest(solves: Sequence[Solve], at_once: int, seed: int) -> float:
+    """How long a problem may take, from the slowest of as many at once as will come, before anything happens."""
+    draw = Random(f"{seed} unharmed")
+    took: list[float] = []
+
+    async def one(solve: Solve) -> None:
+        began = time.monotonic()
+        if await solve(problem(draw)) is None:
+            raise TaskError(f"a problem is not solved within {UNHARMED_S:.0f} s although nobody died.")
+        took.append(time.monotonic() - began)
+
+    await asyncio.gather(*(one(solves[number % len(solves)]) for number in range(at_once)))
+    may_s = min(max(TIMEOUT_S, TIMES_SLOWEST * max(took)), MOST_S)
+    say(f"unharmed, problems of {STEPS * STEP_S:.0f} s take up to {max(took):.1f} s; {may_s:.0f} s are given")
+    return may_s
 
 
 async def deaths(most: int, count: int, at_once: int, seed: int) -> tuple[Rows, dict[str, float]]:
@@ -142,7 +181,8 @@ async def _killing(killed: int, texts: Sequence[str], at_once: int, seed: int) -
                 at.pop(0)
                 nodes.nodes[victims.pop()].kill()
 
-        found = await solve_all(asks(nodes), texts, at_once, done)
+        may_s = await slowest([here(nodes, UNHARMED_S)], at_once, seed)
+        found = await solve_all(here(nodes, may_s), texts, at_once, done)
     if at:
         raise TaskError("not every node was killed: there were too few problems.")
     return found
@@ -168,7 +208,8 @@ async def issuer(count: int, at_once: int, seed: int) -> tuple[Rows, dict[str, f
                 died.append(name)
                 say(f"{name} killed after {number} of {count} problems")
 
-        answers = await solve_all(asks(nodes), texts, at_once, done)
+        may_s = await slowest([here(nodes, UNHARMED_S)], at_once, seed)
+        answers = await solve_all(here(nodes, may_s), texts, at_once, done)
     row: dict[str, Any] = {
         "part": "issuer",
         "killed": died,
@@ -214,19 +255,14 @@ async def _cut_and_mend(
     """Both sides pose problems before, during and after the cut; then everybody's ledger is compared."""
     texts = problems(count, seed)
     far = nodes.nodes[-1]
-
-    async def there(text: str) -> str | None:
-        found = await far.ask(problem=text, planners=PLANNERS, timeout_s=TIMEOUT_S)
-        answer = found["answer"]
-        return None if answer is None else str(answer)
-
+    may_s = await slowest([here(nodes, UNHARMED_S), there(far, UNHARMED_S)], at_once, seed)
     cut = asyncio.create_task(_cutting(lab, nodes, Random(f"{seed} cut").uniform(1.0, 3.0)))
     half = count // 2
     left, right = await asyncio.gather(
-        solve_all(asks(nodes), texts[:half], max(1, at_once // 2), lambda _: None),
-        solve_all(there, texts[half:], max(1, at_once // 2), lambda _: None),
+        solve_all(here(nodes, may_s), texts[:half], max(1, at_once // 2)),
+        solve_all(there(far, may_s), texts[half:], max(1, at_once // 2)),
     )
-    seen = await cut
+    seen, seen_there = await cut
     answers = [*left, *right]
     said, mended_s = await _equal(nodes)
     executed = sum(one["executed"] for one in said)
@@ -235,6 +271,8 @@ async def _cut_and_mend(
         "problems": count,
         "cut_s": CUT_S,
         "agents_seen_while_cut": seen,
+        "agents_seen_on_the_other_side": seen_there,
+        "may_take_s": may_s,
         "unfinished": sum(answer is None for answer in answers),
         "right": statistics.mean(a == answer_of(t) for a, t in zip(answers, texts, strict=True)),
         "executed": executed,
@@ -251,21 +289,26 @@ async def _cut_and_mend(
     )
     return [row], {
         "partition_unfinished": float(row["unfinished"]),
+        "agents_seen_while_cut": float(seen),
+        "agents_seen_on_the_other_side": float(seen_there),
         "double_counted": float(row["double_counted"]),
         "ledgers_equal": float(row["ledgers"] == 1),
         "ledgers_equal_after_s": mended_s,
     }
 
 
-async def _cutting(lab: ProxyLab, nodes: Swarm, after_s: float) -> int:
-    """Cut once problems are in flight, mend later: each side keeps its router. Gives how many the poser saw then."""
+async def _cutting(lab: ProxyLab, nodes: Swarm, after_s: float) -> tuple[int, int]:
+    """Cut once problems are in flight, mend later: each side keeps its router.
+
+    Gives how many agents each side saw shortly before: the poser others, the last node itself and others.
+    """
     await asyncio.sleep(after_s)
     await lab.partition(("left", "router-0"), ("right", "router-1"))
     say("the two halves are cut from each other")
     await asyncio.sleep(CUT_S)
-    seen = nodes.poser.num_peers
+    seen = nodes.poser.num_peers, 1 + (await nodes.nodes[-1].ask(ANSWER_S))["peers"]
     await lab.heal()
-    say(f"mended; the poser saw {seen} of {NODES} agents")
+    say(f"mended; of {NODES} agents one side saw {seen[0]}, the other {seen[1]}")
     return seen
 
 
@@ -273,7 +316,7 @@ async def _equal(nodes: Swarm) -> tuple[list[dict[str, Any]], float]:
     """Everybody's accounts once all ledgers are the same, or when the time is up; and how long that took."""
     began = time.monotonic()
     while True:
-        said = [nodes.poser_accounts(), *await asyncio.gather(*(node.ask() for node in nodes.nodes))]
+        said = [nodes.poser_accounts(), *await asyncio.gather(*(node.ask(ANSWER_S) for node in nodes.nodes))]
         passed_s = time.monotonic() - began
         if len({one["root"] for one in said}) == 1 or passed_s > MEND_S:
             return said, passed_s

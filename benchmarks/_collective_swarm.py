@@ -52,7 +52,7 @@ class NodeProcess:
             raise TaskError("a node of the collective ended at its start.")
         self._reader = asyncio.create_task(self._read(self._process.stdout))
 
-    async def ask(self, **question: Any) -> dict[str, Any]:
+    async def ask(self, within_s: float, **question: Any) -> dict[str, Any]:
         """Its answer; raises `TaskError` where none comes."""
         assert self._process.stdin is not None
         self._asked += 1
@@ -60,7 +60,7 @@ class NodeProcess:
         done = self._waiting[number] = asyncio.get_running_loop().create_future()
         self._process.stdin.write(msgspec.json.encode(Question(id=number, **question)) + b"\n")
         try:
-            async with asyncio.timeout(ANSWER_S):
+            async with asyncio.timeout(within_s):
                 return await done
         except TimeoutError:
             raise TaskError("a node of the collective does not answer.") from None

@@ -26,7 +26,7 @@ from shoal.protocol.chat import Message
 from shoal.rollout.host import model_cache
 
 PLANNER, MIXTURE = "planner", "mixture"
-PLANNING_SHARE = 0.5
+PLANNING_SHARE = 0.35
 """Chains in the planner's examples, of the examples that a skill has: each is five times as long."""
 
 RANK, LR, BATCH = 16, 5e-4, 16

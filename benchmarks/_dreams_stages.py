@@ -41,13 +41,16 @@ class Sizes:
     experts: int = 300
     wandering: int = 700
     heldout: int = 180
-    examples: int = 6000
+    examples: int = 4000
     transitions: int = 200
     dreams: int = 40
     sft_stages: int = 3
     validation: int = 60
     steps: int = 20
     questions: int = 200
+    max_tokens: int = 32
+    """Of an act; another model's tokenizer may make more of an expert's than the embedded one's does (20)."""
+    context_tokens: int = 4096
     model: str = "embedded"
 
 
@@ -62,6 +65,8 @@ QUICK = Sizes(
     validation=4,
     steps=1,
     questions=8,
+    max_tokens=96,
+    context_tokens=8000,
 )
 """Shows that all of it runs; measures nothing."""
 
@@ -183,8 +188,8 @@ class Stages:
         for stage in range(1, self.sizes.sft_stages + 1):
             before = str(self._stage(stage, before, data))
             models.append(Path(before))
-            options = ["--config", self._validation(), "--questions", str(self.sizes.validation), "--max-tokens", "32"]
-            found = self.kept(f"validation-{stage}", "eval", before, *options, "--threads", self._threads)
+            asked = ["--config", self._validation(), *self._asked(self.sizes.validation)]
+            found = self.kept(f"validation-{stage}", "eval", before, *asked)
             marks.append(float(found["accuracy"]))
         return models[marks.index(max(marks))], marks
 
@@ -197,6 +202,10 @@ class Stages:
         self.kept(f"sft-{stage}-result", "sft", model, data, "--out", out, *options)
         return out / "model"
 
+    def _asked(self, questions: int) -> list[str]:
+        """How much `shoal eval` asks."""
+        return ["--questions", str(questions), "--max-tokens", str(self.sizes.max_tokens), "--threads", self._threads]
+
     def _validation(self) -> Path:
         """A configuration that asks other instances of the templates that are trained on."""
         train, _ = WebSettings(heldout="both").split()
@@ -206,7 +215,7 @@ class Stages:
         """Real pages, shown as they are to every policy here."""
         path = self.folder / f"{name}.toml"
         path.write_text(
-            "[model]\ncontext_tokens = 4096\n[workers]\ncache_tokens = 24576\n[envs.web]\n"
+            f"[model]\ncontext_tokens = {self.sizes.context_tokens}\n[workers]\ncache_tokens = 24576\n[envs.web]\n"
             f'type = "web"\nsettings = {{ content = 0, max_steps = 8, constrain = "seen", {settings} }}\n'
         )
         return path
@@ -221,6 +230,8 @@ class Stages:
         sizes = self.sizes
         common = ["--model.name", str(model), "--run.name", name, "--run.dir", str(runs), "--run.seed", str(seed)]
         common += ["--eval.questions", str(sizes.questions), "--output.plots", "false"]
+        common += ["--model.context_tokens", str(sizes.context_tokens)]
+        common += ["--rollout.max_tokens", str(sizes.max_tokens), "--eval.max_tokens", str(sizes.max_tokens)]
         if (runs / name / "config.toml").exists():
             self.shoal("train", "--resume", runs / name)
             return done.parent
@@ -258,9 +269,8 @@ class Stages:
         best, _ = self.imitated()
         stage = int(best.parent.name.rpartition("-")[2])
         after = self._stage(stage + 1, str(best), self.experts / "conversations.jsonl")
-        asked = ["--questions", str(self.sizes.questions), "--max-tokens", "32", "--threads", self._threads]
         config = self._config("heldout", 'heldout = "template"')
-        return self.kept("experts_only", "eval", after, "--config", config, *asked)
+        return self.kept("experts_only", "eval", after, "--config", config, *self._asked(self.sizes.questions))
 
 
 def answers(run: Path, step: int) -> list[bool]:

@@ -19,16 +19,15 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import numpy as np
 from msgspec.structs import replace
 
 from _memory_mem0 import Mem0
-from _memory_worlds import PAYEES_FILE
+from _memory_worlds import FAMILIES, Family
 from shoal.engine.local import LocalEngine
 from shoal.engine.source import resolve
 from shoal.envs.base import Environment, stable_int
@@ -67,52 +66,6 @@ EXPLORE = 1.5
 
 MOST_TRIALS = 160
 """Of a candidate: facts that decide show sooner."""
-
-RESAMPLES = 10_000
-
-
-@dataclass(frozen=True)
-class Family:
-    """One world, and how much of it is played."""
-
-    name: str
-    kind: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    max_tokens: int = 16
-    tasks: int = 24
-    """Of the experience; each is played `group` times."""
-    group: int = 4
-    uses: int = 24
-    tests: int = 48
-    tools: bool = False
-    """Played by the model for tool use, where one is given."""
-    origin: str = ""
-    """A family whose memories' abstract forms are this one's only candidates."""
-
-
-FAMILIES = {
-    family.name: family
-    for family in (
-        Family("ledgers", "_memory_worlds:Ledgers", max_tokens=24, tasks=48, tests=96),
-        Family("shops", "_memory_worlds:Shops", {"constrain": "seen", "max_turns": 2}, max_tokens=64, tools=True),
-        Family(
-            "payees",
-            "_memory_worlds:Payees",
-            {"file": str(PAYEES_FILE), "prompt": "brief", "constrain": "seen"},
-            max_tokens=96,
-            tasks=16,
-        ),
-        Family(
-            "products",
-            "_memory_worlds:Ledgers",
-            {"operation": "*"},
-            max_tokens=24,
-            tasks=12,
-            tests=96,
-            origin="ledgers",
-        ),
-    )
-}
 
 
 class OutOfTime(Exception):
@@ -365,68 +318,6 @@ def transcript(context: Context) -> str:
     """A run as memories without admission keep it."""
     acts = "\nthen ".join(context.actions)
     return f"Task: {asked(context)}\nReply: {acts}\nReward: {context.reward:g}"[:4000]
-
-
-# -- what came of it
-
-
-def summary(folder: Path, names: Sequence[str]) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Rows and headline of what the folder holds."""
-    rows: list[dict[str, Any]] = []
-    headline: dict[str, float] = {}
-    won = 0
-    for name in names:
-        path = folder / name / "test.jsonl"
-        if not path.exists():
-            continue
-        by_row: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-        for one in map(json.loads, path.read_text().splitlines()):
-            by_row[one["row"]][one["task"]] = one
-        for row, found in by_row.items():
-            rewards = [one["reward"] for one in found.values()]
-            low, high = interval(rewards)
-            rows.append(
-                {
-                    "part": "families",
-                    "case": f"{name}: {row}",
-                    "count": len(found),
-                    "reward": fmean(rewards),
-                    "low": low,
-                    "high": high,
-                    "strict": fmean(one["strict"] for one in found.values()),
-                    "prompt_tokens": fmean(one["prompt_tokens"] for one in found.values()),
-                    "note_tokens": fmean(one["note_tokens"] for one in found.values()),
-                }
-            )
-            headline[f"{name}_{row}"] = fmean(rewards)
-        ours = by_row.get("sedm", {})
-        lows = {}
-        for other in ("none", "vector", "admission", "mem0"):
-            both = sorted(ours.keys() & by_row.get(other, {}).keys())
-            if both:
-                gains = [ours[task]["reward"] - by_row[other][task]["reward"] for task in both]
-                lows[other] = interval(gains)[0]
-                headline[f"{name}_gain_over_{other}"] = fmean(gains)
-                headline[f"{name}_gain_over_{other}_low"] = lows[other]
-        if {"none", "vector"} <= lows.keys():
-            tokens = {row: fmean(one["prompt_tokens"] for one in by_row[row].values()) for row in ("sedm", "vector")}
-            headline[f"{name}_prompt_tokens_of_vector"] = tokens["sedm"] / tokens["vector"]
-            helps = lows["none"] > 0 and lows["vector"] > 0 and tokens["sedm"] < tokens["vector"]
-            if FAMILIES[name].origin:
-                headline["transfers_that_help"] = headline.get("transfers_that_help", 0.0) + (lows["none"] > 0)
-            else:
-                won += helps
-    headline["families_won"] = float(won)
-    return rows, headline
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % of the mean, by resampling."""
-    draw = np.random.default_rng(0)
-    found = np.asarray(values)
-    means = found[draw.integers(len(found), size=(RESAMPLES, len(found)))].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def told(words: str) -> None:

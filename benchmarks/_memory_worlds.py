@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from eth_utils.address import to_checksum_address
 from pydantic import Field
@@ -191,3 +192,47 @@ class Payees(EvmQuests):
 def addresses() -> list[str]:
     """The payees' addresses, in the file's order."""
     return [to_checksum_address(found) for found in re.findall(r'\["(0x[0-9a-f]{40})"\]', PAYEES_FILE.read_text())]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One world, and how much of it is played."""
+
+    name: str
+    kind: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    max_tokens: int = 16
+    tasks: int = 24
+    """Of the experience; each is played `group` times."""
+    group: int = 4
+    uses: int = 24
+    tests: int = 48
+    tools: bool = False
+    """Played by the model for tool use, where one is given."""
+    origin: str = ""
+    """A family whose memories' abstract forms are this one's only candidates."""
+
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family("ledgers", "_memory_worlds:Ledgers", max_tokens=24, tasks=48, tests=96),
+        Family("shops", "_memory_worlds:Shops", {"constrain": "seen", "max_turns": 2}, max_tokens=64, tools=True),
+        Family(
+            "payees",
+            "_memory_worlds:Payees",
+            {"file": str(PAYEES_FILE), "prompt": "brief", "constrain": "seen"},
+            max_tokens=96,
+            tasks=16,
+        ),
+        Family(
+            "products",
+            "_memory_worlds:Ledgers",
+            {"operation": "*"},
+            max_tokens=24,
+            tasks=12,
+            tests=96,
+            origin="ledgers",
+        ),
+    )
+}

@@ -34,6 +34,8 @@ FLOORS = {
     "coordinator": 8,
     "serving": 9,
     "cli": 10,
+    "api": 11,
+    "__init__": 12,
 }
 KEEPERS = {
     "torch": {"engine", "learner"},

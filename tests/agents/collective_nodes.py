@@ -14,6 +14,7 @@ from shoal.agents.collective.node import CollectiveNode
 from shoal.agents.collective.work import Expert, NoChain, Plan, PlannedStep, StepFailed, SubTask, Work, Writer
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
+from shoal.fabric.ticket import Ticket
 from shoal.protocol.roster import SwarmRole
 from shoal.swarm.grants import GrantBook, issue
 from shoal.swarm.member import Member, profile
@@ -71,23 +72,29 @@ class Halves:
         return Plan([PlannedStep("a product", found[1]), PlannedStep("a sum", f"$0 + {found[2]}", needs=(0,))])
 
 
+async def granted(stack: AsyncExitStack, name: str, ticket: Ticket) -> Member:
+    """Somebody who may take part, and is in the roster."""
+    key = identity(name)
+    fabric = await stack.enter_async_context(await Fabric.connect(key, ticket))
+    now = time.time()
+    grants = GrantBook(RUN, ROOT.public_key)
+    grants.merge_grant(issue(ROOT, RUN, key.public_key, AGENT, now, 3600.0), now)
+    return await stack.enter_async_context(
+        Member(fabric, RUN, ROOT.public_key, profile(fabric, RUN, AGENT, name=name), grants=grants)
+    )
+
+
 async def enter(
     stack: AsyncExitStack,
     listener: Fabric,
     name: str,
     expert: Expert | None,
     writer: Writer | None = None,
+    ticket: Ticket | None = None,
     **settings: object,
 ) -> CollectiveNode:
-    """One more node, granted and in the roster."""
-    key = identity(name)
-    fabric = await stack.enter_async_context(await Fabric.connect(key, listener.ticket(RUN, SECRET)))
-    now = time.time()
-    grants = GrantBook(RUN, ROOT.public_key)
-    grants.merge_grant(issue(ROOT, RUN, key.public_key, AGENT, now, 3600.0), now)
-    member = await stack.enter_async_context(
-        Member(fabric, RUN, ROOT.public_key, profile(fabric, RUN, AGENT, name=name), grants=grants)
-    )
+    """One more node; with a ticket, by another way than the listener's own."""
+    member = await granted(stack, name, ticket or listener.ticket(RUN, SECRET))
     settings = {"listens_s": 1.0, "share_every_s": 0.2, "lease_s": 1.5, **settings}
     node = CollectiveNode(member, RUN, expert=expert, writer=writer, similar=alike, **settings)  # type: ignore[arg-type]
     return await stack.enter_async_context(node)

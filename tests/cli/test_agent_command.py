@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import http.server
 import io
 import json
 import os
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,7 @@ import pytest
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
 
+from deciding import deciding
 from shoal.agents.scheduler.records import Call, RunEvent, RunRequest
 from shoal.agents.scheduler.state import RunState
 from shoal.cli.agent_serving import admitted
@@ -25,36 +22,6 @@ from shoal.cli.agent_tree import tree_of
 from shoal.cli.app import main
 from shoal.protocol.codec import builtins, read_jsonl
 from shoal.protocol.episode import Episode
-
-
-@contextmanager
-def deciding(*decisions: dict[str, Any]) -> Iterator[str]:
-    """An OpenAI-compatible endpoint that makes these decisions."""
-    left = list(decisions)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
-            content = json.dumps({"thought": "", **left.pop(0)})
-            usage = {"prompt_tokens": 10, "completion_tokens": 5}
-            body = json.dumps({"choices": [{"message": {"content": content}}], "usage": usage}).encode()
-            self.send_response(200)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> dict[str, Any]:

@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("experts") / "model", PLAIN, max_position_embeddings=4096)
 
 
-def experts(path: Path, model: Path, *names: str) -> Path:
+def experts(path: Path, model: Path, *names: str, **more: object) -> Path:
     tables = [
         {
             "name": name,
@@ -42,6 +42,7 @@ def experts(path: Path, model: Path, *names: str) -> Path:
             "skills": {"sums": 0.5},
             "slots": 8,
             "max_tokens": 24,
+            **more,
         }
         for name in names
     ]
@@ -145,7 +146,7 @@ def test_experts_join_by_ticket_and_the_collective_outlives_its_issuer(runs: Run
 def test_what_a_collective_did_is_trained_on(runs: Runs, model: Path) -> None:
     file = experts(runs.path / "experts.toml", model, "ann")
     kept = runs.path / "episodes.jsonl"
-    for number in range(3):
+    for number in range(2):
         words = ["solve", f"{number} + {number}", "--planners", "2", "--experts", file, "--episodes", kept]
         done = runs.shoal(*words, "--device", "cpu", "--json")
         assert done.wait() == 0, done.said
@@ -155,8 +156,7 @@ def test_what_a_collective_did_is_trained_on(runs: Runs, model: Path) -> None:
     )  # fmt: skip
     assert tuned.wait() == 0, tuned.said
     assert tuned.result["steps"] > 0
-    learnt = experts(runs.path / "learnt.toml", model, "ann")
-    learnt.write_text(learnt.read_text() + 'lora = "tuned"\n')
+    learnt = experts(runs.path / "learnt.toml", model, "ann", lora="tuned")
     again = runs.shoal("solve", "2 + 2", "--planners", "1", "--experts", learnt, "--device", "cpu", "--json")
     assert again.wait() == 0 and again.result["answer"].isdigit(), again.said
 

@@ -47,7 +47,7 @@ def test_a_world_model_is_fitted_measured_and_shown(
     fit = ["dream", "fit", train, "--out", out, "--model", reader, "--max-tokens", 4000, "--device", "cpu"]
     fit += ["--dtype", "fp32", "--lr", "3e-3", "--batch-size", 4, "--microbatch-tokens", 4000, "--checkpoint-every", 1]
     found = shoal(capsys, *fit, "--examples", 12, "--judging", 0.25, "--heldout", 0.1)
-    assert (found["episodes"], found["transitions_there"], found["examples"], found["steps"]) == (5, 10, 12, 3)
+    assert (found["episodes"], found["transitions_there"], found["examples"], found["steps"]) == (5, 18, 12, 3)
     assert found["examples_too_long"] == 0 and found["question_tokens_max"] > found["answer_tokens_mean"] > 50
     examples = [json.loads(line) for line in (out / "examples.jsonl").read_text().splitlines()]
     assert sum(one["completion"] in ("yes", "no") for one in examples) == 3
@@ -107,7 +107,12 @@ def test_mistakes(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.Cap
 def test_what_can_be_known(folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
     found = shoal(capsys, "dream", "bound", folders[0], "--heldout", folders[1])
     assert found["template"]["transitions"] == 4 and found["template"]["change_rate"] == 1.0
-    assert found["site"]["transitions"] == 0
+    assert found["site"]["transitions"] == 0 and found["site"]["unknown"] == []
+    row = found["template"]
+    assert row["determined"] < 1 and 0 < sum(one["unknown"] for one in row["unknown"]) <= 4
+    main(["dream", "bound", str(folders[0]), "--heldout", str(folders[1])])
+    said = capsys.readouterr().out
+    assert "held-out template: 4 transitions" in said and "shop/price_of, click link '" in said
 
 
 @pytest.mark.slow

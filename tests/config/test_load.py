@@ -158,7 +158,7 @@ def test_choosing_a_mode_drops_the_keys_of_the_other(tmp_path: Path) -> None:
         ("[run]\nname = '../up'\n", ["run.name", "letters, digits"]),
         ("[run]\nseed = 9223372036854775808\n", ["run.seed"]),
         ("[output]\nplots = 1\n", ["output.plots = 1", "true or false"]),
-        ("[output]\ntracker = 'mlflow'\n", ['"none", "tensorboard", "wandb"']),
+        ("[output]\ntracker = 'mlflow'\n", ['"none", "tensorboard", "trackio", "wandb"']),
         ("[workers]\ndevice = 'tpu'\n", ["workers.device", "cuda:N"]),
         ("[rollout]\nmax_tokens = 1024\n", ["rollout.max_tokens = 1024", "model.context_tokens = 1024"]),
         ("[rollout]\nlookahead_groups = 4\n", ["lookahead_groups = 4", "groups_per_step = 8"]),

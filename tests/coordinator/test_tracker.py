@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -45,3 +51,47 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_remedy(monkeypatch: p
     tracker.check_tracker(config_from(TABLES))
     with pytest.raises(ConfigError, match=r"no_such_package_here.*shoal\[wandb\]"):
         tracker.check_tracker(config_from(TABLES, ["--output.tracker", "wandb"]))
+
+
+def told(run: RunDir) -> None:
+    run.metric(kind="step", step=3, reward=0.5)
+    run.metric(kind="eval", version=2, strict=0.75)
+    run.metric(kind="step", step=4, reward=0.9)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb: pip install 'shoal[wandb]'")
+def test_wandb_gets_them_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run = RunDir.create(tmp_path / "run")
+    with tracker.tracking(config_from(TABLES, ["--output.tracker", "wandb"]), run):
+        told(run)
+    run.close()
+    (summary,) = (tmp_path / "wandb").glob("offline-run-*/files/wandb-summary.json")
+    seen = json.loads(summary.read_text())
+    assert (seen["reward"], seen["heldout/strict"], seen["step"]) == (0.9, 0.75, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("trackio") is None, reason="needs trackio: pip install 'shoal[trackio]'")
+def test_trackio_keeps_them_on_this_machine(tmp_path: Path) -> None:
+    """In a process of its own: trackio reads its folder's name once."""
+    code = (
+        "from pathlib import Path; from shoal.config import config_from; from shoal.coordinator import tracker;"
+        "from shoal.coordinator.rundir import RunDir; import sys;"
+        "run = RunDir.create(Path(sys.argv[1]) / 'run');"
+        f"config = config_from({TABLES!r}, ['--output.tracker', 'trackio']);"
+        "tracked = tracker.tracking(config, run); tracked.__enter__();"
+        "run.metric(kind='step', step=3, reward=0.5); run.metric(kind='eval', version=2, strict=0.75);"
+        "tracked.__exit__(None, None, None); run.close()"
+    )
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "tracked"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "tracked").glob("shoal*.db")
+    with sqlite3.connect(file) as database:
+        rows = [json.loads(row[0]) for row in database.execute("SELECT metrics FROM metrics ORDER BY id")]
+    assert {"reward": 0.5} in rows and {"heldout/strict": 0.75} in rows

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_cases import PLAIN, assert_same_draws, local, make_checkpoint, reference
 from ring_cases import RingOfStages, ring_of
 
 from shoal.broadcast.link import Address, dial
 from shoal.engine.local import LocalEngine
 from shoal.engine.pipeline.links import StepLink
+from shoal.engine.pipeline.remote import RemoteCache, RemoteDecoder
 from shoal.engine.sequence import Drawn
 from shoal.engine.shaping import Shaping
 from shoal.errors import ModelError, NetworkError
@@ -69,6 +71,25 @@ async def test_a_ring_draws_what_the_local_engine_draws(deep: Path, deep_referen
     expected = await local_draws(deep, asked)
     async with ring_of(deep, cuts) as ring:
         assert_all_same(deep_reference, asked, expected, await draw_all(ring, asked))
+
+
+async def test_a_result_of_a_ring_that_was_replaced_meanwhile_does_not_count(deep: Path) -> None:
+    """Later steps went to stages that have never computed what it says."""
+    async with ring_of(deep, [2]) as ring:
+        decoder = RemoteDecoder(ring.model.config(), torch.float32, torch.device("cpu"), ring.rings, 0)
+        cache = RemoteCache(decoder, ring.engine.lane_slots, ring.engine.lane_tokens)
+        cache.reserve(1, 32, 0)
+        first, _ = decoder.launch(torch.tensor([[5, 6, 7]]), torch.tensor([0]), cache)
+        second, _ = decoder.launch(torch.tensor([[8, 9]]), torch.tensor([3]), cache)
+        assert await asyncio.to_thread(first) is not None
+        cache.holds(0, [5, 6, 7])
+        async with asyncio.timeout(60):
+            while sum(node.num_steps for node in ring.nodes.values()) < 4:  # noqa: ASYNC110 - a thread counts
+                await asyncio.sleep(0.01)
+        await ring.assign(list(ring.nodes), [3])
+        third, _ = await asyncio.to_thread(decoder.launch, torch.tensor([[10]]), torch.tensor([5]), cache)
+        assert await asyncio.to_thread(second) is None
+        assert await asyncio.to_thread(third) is not None
 
 
 async def test_a_qwen3_ring_with_an_untied_head(tmp_path: Path) -> None:

@@ -79,6 +79,28 @@ def test_programs_and_runs_without_recall_are_left_as_they_are() -> None:
     assert set(make_environments(Config.model_validate({"envs": {"sums": {"type": "arithmetic"}}}))) == {"sums"}
 
 
+def test_a_world_that_wants_no_notes_has_none() -> None:
+    envs = {"sums": {"type": "arithmetic"}, "bare": {"type": "arithmetic", "recall": False}}
+    config = Config.model_validate({"envs": envs, "memory": {"recall": True}})
+    assert config.worlds["bare"] == ("arithmetic", {}) and config.worlds["sums"][0].endswith(":Recalling")
+
+
+def test_what_another_process_has_admitted_since_is_recalled(tmp_path: Path, shoal_home: Path) -> None:
+    folder = tmp_path / "shared"
+    config = Config.model_validate(
+        {"envs": {"sums": {"type": "arithmetic"}}, "memory": {"recall": True, "folder": str(folder), "share": 1.0}}
+    )
+    kind, settings = config.worlds["sums"]
+    env = make(kind, {**settings, "model": ""}, name="sums")
+    assert not entries_of(env.task("train", 0, 0))
+    with Keeper(folder, "n") as other:
+        entry = other.add(make_entry(TEXT))
+        assert other.report(entry.id, noisy_trials(0.5, 200, 1)).verdict == "accept"
+    assert any(entry.id in entries_of(env.task("train", number, 0)) for number in range(8))
+    keeper_of(str(folder)).close()
+    keeper_of.cache_clear()
+
+
 def test_a_world_that_has_to_wait_cannot_recall(memories: Path) -> None:
     settings = {"tasks": "test_recalling:Waits", "folder": str(memories), "share": 1.0}
     env = make("shoal.memory.recalling:Recalling", settings, name="waits")

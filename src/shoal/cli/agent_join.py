@@ -47,6 +47,7 @@ def run(
     no_plans: Flag = False,
     experts: Path | None = None,
     episodes: Path | None = None,
+    follow: str = "",
     identity: Path | None = None,
     threads: int = 1,
     device: str = "auto",
@@ -81,6 +82,7 @@ def run(
         no_plans: It does steps only, and writes no chains.
         experts: A TOML file of experts, in place of all of the above; those of one model share its weights.
         episodes: Add what was done to this file: shoal sft learns it.
+        follow: A training run whose versions the experts' model takes on as they come: its folder, or its ticket.
         identity: Folder of the expert's key, with one expert; by default one under the user's data directory.
         threads: CPU threads of models in this process.
         device: auto, cpu, cuda or cuda:N.
@@ -105,7 +107,7 @@ def run(
         brought = [expert_of(table, "this expert")]
     if identity is not None and len(brought) > 1:
         raise ConfigError("several experts cannot share one --identity.", "Leave it out: each has a key of its own.")
-    result = asyncio.run(_join(found, brought, identity, episodes, threads, device, grace))
+    result = asyncio.run(_join(found, brought, identity, episodes, follow, threads, device, grace))
     if json:
         print_json(result)
 
@@ -131,6 +133,7 @@ async def _join(
     settings: Sequence[ExpertSettings],
     identity: Path | None,
     episodes: Path | None,
+    follow: str,
     threads: int,
     device: str,
     grace_s: float,
@@ -141,6 +144,8 @@ async def _join(
         loop.add_signal_handler(number, stopping.set)
     async with AsyncExitStack() as stack:
         experts = await stack.enter_async_context(opening(settings, threads=threads, device=device))
+        if follow:
+            await _follow(stack, follow, experts)
         nodes = [
             await stack.enter_async_context(bringing(ticket, one.settings.name, one, identity, episodes))
             for one in experts
@@ -167,6 +172,24 @@ async def _join(
         }
     note(f"left {ticket.run} after {sum(node.executor.done for node in nodes)} steps")
     return result
+
+
+async def _follow(stack: AsyncExitStack, run_text: str, experts: Sequence[Opened]) -> None:
+    """Have the experts' one model take on a run's versions from now on."""
+    from shoal.agents.collective.experts import Adapted
+    from shoal.agents.collective.model import SamplerExpert
+    from shoal.serving.following import following, ticket_in
+
+    samplers = [one.expert.sampler for one in experts if isinstance(one.expert, SamplerExpert)]
+    engines = {id(one.engine): one.engine for one in samplers if isinstance(one, Adapted)}
+    if len(samplers) < len(experts) or len(engines) != 1:
+        raise ConfigError(
+            "--follow is for experts that are one model of this process.",
+            "Leave out endpoints, tools and other models.",
+        )
+    run = await stack.enter_async_context(following(ticket_in(run_text), "experts", note))
+    for engine in engines.values():
+        await stack.enter_async_context(run.into(engine))
 
 
 @asynccontextmanager

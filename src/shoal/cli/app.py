@@ -38,6 +38,7 @@ from shoal.errors import ConfigError, ShoalError
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("run", "Post-train the embedded model on arithmetic and show what it learnt."),
     "train": ("run", "Post-train a model as a configuration says."),
+    "loop": ("run", "Do everything at once here: serve, act, remember, train; measured before and after."),
     "worker": ("run", "Join a run with its ticket and sample rollouts for it."),
     "ticket": ("run", "Make another ticket for a run."),
     "revoke": ("run", "Take back what nodes of a run were granted, or tickets."),
@@ -66,7 +67,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Name -> attribute of its module, summary. `shoal --help` lists them in this order."""
 
-INTERNAL = ("_learner", "_prepare", "_version")
+INTERNAL = ("_learner", "_loop_measure", "_prepare", "_version")
 """Commands that Shoal's own processes call; `shoal --help` does not show them."""
 
 OWN_OPTIONS = ("--help", "-h", "--version")

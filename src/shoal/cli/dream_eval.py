@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from shoal.cli.parameters import Json
 from shoal.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shoal.envs.dream.dataset import Move
+    from shoal.envs.dream.dataset import Bound, Move
 
 NOTE_EVERY_S = 15.0
 
@@ -42,6 +43,13 @@ def bound(*train: Path, heldout: Path, heldout_site: str = "wiki", json: Json = 
             markup=False,
             soft_wrap=True,
         )
+        for one in row["unknown"]:
+            console().print(
+                f"  {one['unknown']} of {one['transitions']}: {one['kind']}, {one['act']} on '{one['title']}', such as"
+                f" {' '.join(one['atom'])}",
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 def evaluate(
@@ -188,7 +196,7 @@ def _bounds(train: list[Path], heldout: list[Path], heldout_site: str) -> dict[s
     return {place: _bound_row(known, every, bound) for place, every in asked.items()}
 
 
-def _bound_row(known: list[Move], every: list[Move], bound: Callable[..., Any]) -> dict[str, float]:
+def _bound_row(known: list[Move], every: list[Move], bound: Callable[..., Bound]) -> dict[str, Any]:
     changed = [move for move in every if move.changed]
     best = bound(known, changed)
     return {
@@ -196,6 +204,7 @@ def _bound_row(known: list[Move], every: list[Move], bound: Callable[..., Any]) 
         "change_rate": len(changed) / max(1, len(every)),
         "determined": best.determined,
         "edit_f1": best.edit_f1,
+        "unknown": [asdict(one) for one in best.unknown],
     }
 
 

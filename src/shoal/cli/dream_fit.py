@@ -22,8 +22,8 @@ def fit(
     *data: Path,
     out: Path,
     model: str = "embedded",
-    examples: int = 6000,
-    judging: float = 0.15,
+    examples: int = 4000,
+    judging: float = 0.12,
     epochs: int = 1,
     batch_size: int = 16,
     lr: float = 1e-4,
@@ -31,6 +31,7 @@ def fit(
     lr_schedule: str = "linear",
     max_tokens: int = 1024,
     page_tokens: int = 288,
+    link_tokens: int = 96,
     field_tokens: int = 96,
     done_tokens: int = 256,
     lora_rank: int = 0,
@@ -67,7 +68,8 @@ def fit(
         warmup_steps: Steps over which the learning rate rises.
         lr_schedule: constant, linear or cosine, after the warm-up.
         max_tokens: Longer examples are left out.
-        page_tokens: About how many tokens of a page are shown for an act that may lead to another page.
+        page_tokens: About how many tokens of a page are shown for an act that may change it.
+        link_tokens: The same for a click on a link.
         field_tokens: The same for an act that fills in a field.
         done_tokens: The same of the last page, for the question whether a task is done.
         lora_rank: Train adapters of this rank instead of all weights; 0 trains all.
@@ -104,7 +106,12 @@ def fit(
         **({"lora": {"rank": lora_rank}} if lora_rank else {}),
     }
     settings = learner_settings(table)
-    given = {"page_tokens": page_tokens, "field_tokens": field_tokens, "done_tokens": done_tokens}
+    given = {
+        "page_tokens": page_tokens,
+        "link_tokens": link_tokens,
+        "field_tokens": field_tokens,
+        "done_tokens": done_tokens,
+    }
     sight = parse_settings(Sight, given, "the world model")
     what: dict[str, Any] = {
         "model": model,
@@ -138,12 +145,12 @@ def fit(
 
 def _write_examples(data: list[Path], path: Path, what: dict[str, Any]) -> dict[str, Any]:
     """Make the examples, the same for the same settings; and say how many there are, and how long."""
-    from shoal.envs.dream.dataset import done_examples, next_examples, read_episodes, thinned
+    from shoal.envs.dream.dataset import balanced, done_examples, next_examples, read_episodes, thinned
     from shoal.envs.dream.prompt import Sight
 
     sight, seed, limit = Sight.model_validate(what["sight"]), what["seed"], what["examples"]
     episodes = read_episodes(data)
-    nexts = thinned(next_examples(episodes, sight, seed))
+    nexts = balanced(next_examples(episodes, sight, seed))
     dones = thinned(done_examples(episodes, sight, seed))
     chosen = _drawn(dones, round(limit * what["judging"]), seed)
     chosen += _drawn(nexts, limit - len(chosen), seed)

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from cyclopts import App
 
 from shoal.cli import eval_evm, eval_gaia
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Json
+
+if TYPE_CHECKING:
+    from shoal.config import Config
+    from shoal.engine.local import LocalEngine
+    from shoal.envs.base import Environment
+    from shoal.protocol.episode import Episode, Task
 
 QUESTIONS_AT_ONCE = 256
 """Episodes in flight; the engine batches as many as its slots take."""
@@ -76,45 +83,54 @@ async def _evaluate(
     device: str,
 ) -> dict[str, Any]:
     from shoal.config import load_config
-    from shoal.coordinator.reporting.paired import interval
-    from shoal.coordinator.tasks import TaskSource, make_environments
+    from shoal.coordinator.tasks import make_environments
     from shoal.engine.local import LocalEngine
     from shoal.engine.source import resolve
-    from shoal.envs.base import stable_int, strict_and_lenient
-    from shoal.protocol.sampling import SamplingParams
-    from shoal.rollout.episode import EpisodeSpec, run_episode
     from shoal.rollout.host import model_cache
 
     config = load_config(config_name, ["--eval.questions", str(questions), "--eval.max_tokens", str(max_tokens)])
     environments = make_environments(config)
-    tasks = TaskSource(config, environments).heldout()
     model = await asyncio.to_thread(resolve, name, model_cache(), note)
-    gate = asyncio.Semaphore(QUESTIONS_AT_ONCE)
     context = config.model.context_tokens
     async with LocalEngine(
         model, dtype=config.model.dtype, device=device, threads=threads, context_tokens=context
     ) as engine:
+        episodes = await all_answered(engine, config, environments, temperature=temperature, seed=seed)
+    return {"model": name, **accuracy_of(episodes)}
 
-        async def answer(index: int) -> Any:
-            task = tasks[index]
-            params = SamplingParams(
-                max_tokens=max_tokens,
-                temperature=temperature,
-                stop=config.rollout.stop,
-                seed=stable_int("eval", seed, index),
-            )
-            spec = EpisodeSpec(id=f"eval/{index}", group="eval", index=index, task=task, params=params)
-            async with gate:
-                env = environments[task.env].fresh()
-                return await run_episode(spec, engine, engine.tokenizer, env, context_tokens=context)
 
-        episodes = await asyncio.gather(*(answer(i) for i in range(len(tasks))))
+async def all_answered(
+    engine: LocalEngine,
+    config: Config,
+    environments: Mapping[str, Environment],
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[Episode]:
+    """Every held-out task of a configuration, acted on once."""
+    from shoal.coordinator.tasks import TaskSource
+
+    gate = asyncio.Semaphore(QUESTIONS_AT_ONCE)
+
+    async def answer(index: int, task: Task) -> Episode:
+        async with gate:
+            env = environments[task.env]
+            return await answered(engine, env, task, index, config, temperature=temperature, seed=seed)
+
+    tasks = TaskSource(config, environments).heldout()
+    return list(await asyncio.gather(*(answer(index, task) for index, task in enumerate(tasks))))
+
+
+def accuracy_of(episodes: Sequence[Episode]) -> dict[str, Any]:
+    """What held-out episodes show; those that infrastructure spoilt are only counted."""
+    from shoal.coordinator.reporting.paired import interval
+    from shoal.envs.base import strict_and_lenient
+
     done = [e for e in episodes if e.outcome == "done"]
     marks = [strict_and_lenient(e.reward, e.reward_parts) for e in done]
     count = max(1, len(done))
     strict = sum(s for s, _ in marks) / count
     return {
-        "model": name,
         "questions": len(done),
         "void": len(episodes) - len(done),
         "accuracy": strict,
@@ -122,3 +138,28 @@ async def _evaluate(
         "interval": list(interval(strict, count)),
         "response_tokens_mean": sum(e.num_tokens for e in done) / count,
     }
+
+
+async def answered(
+    engine: LocalEngine,
+    env: Environment,
+    task: Task,
+    index: int,
+    config: Config,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> Episode:
+    """One held-out task, acted on with the lengths that a configuration says."""
+    from shoal.envs.base import stable_int
+    from shoal.protocol.sampling import SamplingParams
+    from shoal.rollout.episode import EpisodeSpec, run_episode
+
+    params = SamplingParams(
+        max_tokens=config.eval.max_tokens,
+        temperature=temperature,
+        stop=config.rollout.stop,
+        seed=stable_int("eval", seed, index),
+    )
+    spec = EpisodeSpec(id=f"eval/{index}", group="eval", index=index, task=task, params=params)
+    return await run_episode(spec, engine, engine.tokenizer, env.fresh(), context_tokens=config.model.context_tokens)

@@ -10,7 +10,7 @@ from typing import Any
 from cyclopts import App
 
 from shoal.cli import memory_trials
-from shoal.cli.memory_store import SHORT_ID_CHARS, found_by, opened, row, shortened
+from shoal.cli.memory_store import SHORT_ID_CHARS, entry_of, found_by, opened, row, shortened
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Json
 from shoal.errors import ConfigError, RecordError
@@ -199,24 +199,7 @@ def add(
         ttl_days: Days until it expires; 0 keeps it.
         folder: Where the memories are; by default memory/ in Shoal's data directory.
     """
-    from shoal.memory.extract import screen
-    from shoal.memory.records import Entry, Provenance, Scope
-    from shoal.memory.screening import find_order, normalise
-
-    shown = normalise(text)
-    if order := find_order(text):
-        raise RecordError(
-            f"the text was refused: order to the reader: {order}.", "Write what was learnt in plain words."
-        )
-    if reason := screen(shown):
-        raise RecordError(f"the text was refused: {reason}.", "Write what was learnt in plain words.")
-    entry = Entry(
-        text=shown,
-        family=family,
-        scope=Scope(user=user),
-        ttl_s=ttl_days * 86400.0,
-        provenance=Provenance(rule="manual"),
-    )
+    entry = entry_of(text, family=family, user=user, ttl_s=ttl_days * 86400.0)
     with opened(folder) as keeper:
         position = keeper.store.position
         memory = keeper.add(entry)

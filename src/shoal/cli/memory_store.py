@@ -9,6 +9,7 @@ from shoal.errors import ConfigError, RecordError
 
 if TYPE_CHECKING:
     from shoal.memory.keeper import Keeper
+    from shoal.memory.records import Entry
     from shoal.memory.state import Memory
 
 SHORT_ID_CHARS = 10
@@ -24,6 +25,23 @@ def opened(folder: Path | None, *, must_exist: bool = False, vouched_only: bool 
     if must_exist and not (where / "memory.db").exists():
         raise ConfigError(f"there are no memories in {where}.", "Name their folder by --folder, or add one.")
     return Keeper(where, Identity.load_or_create(data_dir()), vouched_only=vouched_only)
+
+
+def entry_of(text: str, *, family: str, user: str = "", ttl_s: float = 0.0) -> Entry:
+    """What a person wrote, as an entry; raises `RecordError` where it gives orders, or `screen` refuses it."""
+    from shoal.memory.extract import screen
+    from shoal.memory.records import Entry, Provenance, Scope
+    from shoal.memory.screening import find_order, normalise
+
+    shown = normalise(text)
+    if order := find_order(text):
+        raise RecordError(
+            f"the text was refused: order to the reader: {order}.", "Write what was learnt in plain words."
+        )
+    if reason := screen(shown):
+        raise RecordError(f"the text was refused: {reason}.", "Write what was learnt in plain words.")
+    provenance = Provenance(rule="manual")
+    return Entry(text=shown, family=family, scope=Scope(user=user), ttl_s=ttl_s, provenance=provenance)
 
 
 def found_by(keeper: Keeper, prefix: str) -> Memory:

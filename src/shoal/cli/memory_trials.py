@@ -174,6 +174,8 @@ def learn(
     *,
     insight: str = "",
     most: int = 64,
+    since: int = 0,
+    until: int | None = None,
     threads: int = 1,
     device: str = "auto",
     folder: Path | None = None,
@@ -189,15 +191,20 @@ def learn(
     Args:
         run: A run's folder, with its episodes.
         insight: A model that also writes what it makes of two attempts at one task.
-        most: New candidates, at most.
+        most: New candidates, at most, shared between the environments that are given notes.
+        since: Only what was trained on from this step on: each use is to be reported once.
+        until: Only what was trained on before this step.
         threads: CPU threads.
         device: auto, cpu, cuda or cuda:N.
         folder: Where the memories are; by default memory/ in Shoal's data directory.
     """
+    from shoal.coordinator.processes import die_with_parent
+
+    die_with_parent()
     if not (run / "config.toml").exists() or not any((run / "episodes").glob("*.jsonl")):
         raise ConfigError(f"{run} is no run with episodes.", "Name a run's folder; output.keep_episodes keeps them.")
     with opened(folder) as keeper:
-        result = asyncio.run(_learn(keeper, run, insight, most, threads, device))
+        result = asyncio.run(_learn(keeper, run, insight, most, (since, until), threads, device))
     if json:
         print_json(result)
     else:
@@ -206,7 +213,9 @@ def learn(
         note(f"{result['uses']} uses reported")
 
 
-async def _learn(keeper: Keeper, run: Path, insight: str, most: int, threads: int, device: str) -> dict[str, Any]:
+async def _learn(
+    keeper: Keeper, run: Path, insight: str, most: int, steps: tuple[int, int | None], threads: int, device: str
+) -> dict[str, Any]:
     from shoal.config import load_config
     from shoal.engine.local import LocalEngine
     from shoal.engine.source import resolve
@@ -220,7 +229,9 @@ async def _learn(keeper: Keeper, run: Path, insight: str, most: int, threads: in
     from shoal.rollout.host import model_cache
 
     config = load_config(str(run / "config.toml"))
-    files = sorted((run / "episodes").glob("*.jsonl"))
+    since, until = steps
+    numbered = {int(file.stem): file for file in sorted((run / "episodes").glob("*.jsonl"))}
+    files = [file for step, file in numbered.items() if since <= step and (until is None or step < until)]
     episodes = [one for file in files for one in read_jsonl(file, Episode) if one.outcome == "done"]
     total = Learnt()
     async with AsyncExitStack() as stack:
@@ -232,7 +243,9 @@ async def _learn(keeper: Keeper, run: Path, insight: str, most: int, threads: in
             )
             await stack.enter_async_context(engine)
             writer = SamplerInsight(engine, engine.tokenizer)
-        for name, given in config.envs.items():
+        noted = {name: given for name, given in config.envs.items() if given.recall}
+        for position, (name, given) in enumerate(noted.items()):
+            share = -(-(most - len(total.added)) // (len(noted) - position))
             env = make(given.type, given.settings, name=name)
             world = World(kind=given.type, settings=given.settings)
             contexts = []
@@ -241,7 +254,7 @@ async def _learn(keeper: Keeper, run: Path, insight: str, most: int, threads: in
                     params = SamplingParams(max_tokens=config.rollout.max_tokens, temperature=one.temperature)
                     sampled = Sampled(params, config.model.context_tokens, config.model.name)
                     contexts.append(await context_of(one, env, world, sampled))
-            learnt = await learn(keeper, contexts, env=env, insight=writer, most=most - len(total.added))
+            learnt = await learn(keeper, contexts, env=env, insight=writer, most=share)
             total.added += learnt.added
             total.refused += learnt.refused
     uses = report_uses(keeper, episodes)
@@ -269,7 +282,7 @@ def join(
         shoal memory join shoal1lQG6Y2... --config configs/tools.toml
 
     Args:
-        ticket: Of the run, for nodes in the role agent.
+        ticket: Of the run, for nodes in the role agent, or a file that holds it.
         config: The configuration whose environments this machine can run trials in.
         model: embedded, a directory or a hub name; by default the configuration's.
         temperature: 0 is greedy.
@@ -278,6 +291,9 @@ def join(
         device: auto, cpu, cuda or cuda:N.
         folder: Where the memories are; by default memory/ in Shoal's data directory.
     """
+    from shoal.coordinator.processes import die_with_parent
+
+    die_with_parent()
     manner = Manner(model, temperature, threads, device)
     with opened(folder, vouched_only=True) as keeper:
         asyncio.run(_join(keeper, ticket, config, manner, name))
@@ -286,6 +302,7 @@ def join(
 async def _join(keeper: Keeper, ticket_text: str, config_name: str, manner: Manner, name: str) -> None:
     import signal
 
+    from shoal.cli.worker import read_ticket
     from shoal.config import load_config
     from shoal.fabric.fabric import Fabric
     from shoal.fabric.identity import Identity, data_dir
@@ -293,7 +310,7 @@ async def _join(keeper: Keeper, ticket_text: str, config_name: str, manner: Mann
     from shoal.memory.node import MemoryNode
     from shoal.rollout.link import taking_part
 
-    ticket = Ticket.decode(ticket_text)
+    ticket = Ticket.decode(read_ticket(ticket_text))
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

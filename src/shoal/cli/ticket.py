@@ -7,11 +7,13 @@ import time
 from typing import Annotated
 
 from cyclopts import Parameter
+from msgspec.structs import replace
 
 from shoal.cli.output import console, note, print_json
 from shoal.cli.owner import ask_as_owner, open_run, standing_ticket
 from shoal.cli.parameters import Json
 from shoal.coordinator.admission import Admission
+from shoal.coordinator.rundir import RunDir
 from shoal.errors import ConfigError
 from shoal.protocol.node import TicketReply, TicketRequest
 from shoal.protocol.roster import MAX_USES, SwarmRole
@@ -50,21 +52,28 @@ def run(
         raise ConfigError(
             f"a ticket has 1 to {MAX_USES} uses and lasts up to {MAX_HOURS:.0f} hours.", "Change --uses or --hours."
         )
-    folder = open_run(where)
-    standing = standing_ticket(folder)
     asked = TicketRequest(roles=role, uses=uses, life_s=hours * 3600)
+    line, expires_at, is_running = asyncio.run(another_ticket(open_run(where), asked))
+    if json:
+        print_json({"ticket": line, "roles": list(role), "uses": uses, "expires_at": expires_at})
+        return
+    if not is_running:
+        note("the run is not going on; the ticket admits once it is continued")
+    console().print(line, soft_wrap=True, markup=False)
+
+
+async def another_ticket(folder: RunDir, asked: TicketRequest) -> tuple[str, float, bool]:
+    """The line to hand out, when it expires, and whether the run goes on.
+
+    Raises:
+        RunError: the run never started, or its coordinator says no.
+        NetworkError: it does not answer.
+    """
+    standing = standing_ticket(folder)
 
     def offline(admission: Admission) -> TicketReply:
         invite = admission.invite(asked.roles, time.time(), life_s=asked.life_s, uses=asked.uses)
         return TicketReply(secret=invite.secret, expires_at=invite.expires_at)
 
-    reply, is_running = asyncio.run(ask_as_owner(folder, standing, "ticket", asked, TicketReply, offline))
-    from msgspec.structs import replace
-
-    line = replace(standing, secret=reply.secret).encode()
-    if json:
-        print_json({"ticket": line, "roles": list(role), "uses": uses, "expires_at": reply.expires_at})
-        return
-    if not is_running:
-        note("the run is not going on; the ticket admits once it is continued")
-    console().print(line, soft_wrap=True, markup=False)
+    reply, is_running = await ask_as_owner(folder, standing, "ticket", asked, TicketReply, offline)
+    return replace(standing, secret=reply.secret).encode(), reply.expires_at, is_running

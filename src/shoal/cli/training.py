@@ -190,7 +190,7 @@ async def _train(
         run.event("run.started", steps=config.run.steps)
         try:
             with tracking(config, run):
-                async with beside(session), _signals() as interrupted:
+                async with beside(session), signals() as interrupted:
                     await _supervise(session, children, interrupted, view, on_ready)
         finally:
             await children.end_all()
@@ -359,7 +359,7 @@ async def _show(session: Session, view: View) -> None:
 
 
 @asynccontextmanager
-async def _signals() -> AsyncIterator[asyncio.Event]:
+async def signals() -> AsyncIterator[asyncio.Event]:
     """An event that Ctrl-C and SIGTERM set, instead of tearing the loop down in the middle of something."""
     event = asyncio.Event()
     loop = asyncio.get_running_loop()

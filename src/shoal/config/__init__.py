@@ -25,6 +25,7 @@ from shoal.config.learner import (
     PullLearner,
 )
 from shoal.config.load import config_from, find_config, load_config, shipped_configs
+from shoal.config.loop import Loop
 from shoal.config.root import Config
 from shoal.config.sections import (
     Budget,
@@ -57,6 +58,7 @@ __all__ = [
     "GspoLoss",
     "Importance",
     "Learner",
+    "Loop",
     "Lora",
     "Loss",
     "Model",

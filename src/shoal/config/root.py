@@ -8,6 +8,7 @@ from pydantic import Field, StringConstraints, model_validator
 
 from shoal.config.base import Section
 from shoal.config.learner import AsyncLearner, Learner
+from shoal.config.loop import Loop
 from shoal.config.sections import (
     Budget,
     Capacity,
@@ -59,6 +60,8 @@ class Config(Section):
     """The OpenAI-compatible server."""
     memory: Memory = Memory()
     """Notes from what this machine remembers."""
+    loop: Loop = Loop()
+    """The whole at once."""
     output: Output = Output()
     """What a run leaves behind besides the model, the metrics and the report."""
 
@@ -66,12 +69,12 @@ class Config(Section):
     def worlds(self) -> dict[str, tuple[str, dict[str, Any]]]:
         """Name to type and settings of the environments as they are acted in: with notes, where those are wanted.
 
-        Programs of their own (`external`) read no notes.
+        Programs of their own (`external`) read no notes, and some worlds cannot be asked for what they are about.
         """
         found: dict[str, tuple[str, dict[str, Any]]] = {}
         for name, env in self.envs.items():
             found[name] = (env.type, env.settings)
-            if self.memory.recall and env.type != "external":
+            if self.memory.recall and env.recall and env.type != "external":
                 recalled = self.memory.model_dump(exclude={"recall"})
                 settings = {"tasks": env.type, "task_settings": env.settings, "model": self.model.name, **recalled}
                 found[name] = (RECALLING, settings)

@@ -54,6 +54,9 @@ class Environment(Section):
     """Share of the tasks drawn from it, relative to the other environments' weights."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """Handed to the environment, which checks it."""
+    recall: bool = True
+    """Whether its tasks are given notes where the run recalls any (`[memory] recall`); worlds that cannot say at once
+    what a task asks, such as web pages, need false."""
 
 
 class Rollout(Section):
@@ -335,7 +338,7 @@ class Output(Section):
     snapshots_gb: float | None = Field(default=None, gt=0)
     """What published versions may take on the learner's disk; before they would take more, all but the newest are
     dropped. Absent: no limit but the versions kept."""
-    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    tracker: Literal["none", "tensorboard", "trackio", "wandb"] = "none"
     """Send the metrics to a tracker as well; its package must be installed."""
 
 

@@ -12,7 +12,9 @@
     evals/           answers to held-out questions     consumed.json   whose rollouts trained, and how stale
 
 Invariants: a file written by `write_atomic` is whole or absent; an appended line is whole or the last, and half a line
-that a killed writer left is cut off before anything is read or appended; one process at a time runs a run (`lock`).
+that a killed writer left is cut off before anything is read or appended; after a line that could not be appended none
+is, until the run is opened again: it could follow half a line, or tell what came of something that is not told; one
+process at a time runs a run (`lock`).
 """
 
 from __future__ import annotations
@@ -47,6 +49,8 @@ class RunDir:
         self.on_metric: Callable[[dict[str, Any]], None] | None = None
         """Given each line of metrics as well."""
         self._lock: FileIO | None = None
+        self._refusal: StorageError | None = None
+        """Why nothing is appended any more."""
         self._is_new = not self.path.exists()
 
     @classmethod
@@ -122,6 +126,8 @@ class RunDir:
 
     def append(self, name: str, line: bytes) -> None:
         """Add one line to a file, at once visible to others and safe against a kill of this process."""
+        if self._refusal is not None:
+            raise StorageError(self._refusal.problem, self._refusal.remedy)
         try:
             file = self._appending.get(name)
             if file is None:
@@ -131,7 +137,8 @@ class RunDir:
             while rest:  # a disk that is nearly full takes a part without complaint
                 rest = rest[file.write(rest) :]
         except OSError as error:
-            raise _storage_error(self.path, error) from None
+            self._refusal = _storage_error(self.path, error)
+            raise self._refusal from None
 
     def cut_half_line(self, name: str) -> None:
         """Remove the unfinished last line that a killed writer left."""

@@ -6,7 +6,7 @@ Invariants: a tracker's package is asked for before anything starts; what reache
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +15,12 @@ from shoal.config import Config
 from shoal.coordinator.rundir import RunDir
 from shoal.errors import ConfigError
 
-PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
+PACKAGES = {"tensorboard": "tensorboardX", "trackio": "trackio", "wandb": "wandb"}
+
+PROJECT = "shoal"
+
+Log = Callable[[int, dict[str, float]], object]
+"""Takes the numbers of a step."""
 
 
 def check_tracker(config: Config) -> None:
@@ -42,42 +47,65 @@ def numbers_of(line: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
 
 @contextmanager
 def tracking(config: Config, run: RunDir) -> Iterator[None]:
-    """While inside, each line of `metrics.jsonl` reaches the configured tracker, too; `check_tracker` has passed."""
-    match config.output.tracker:
-        case "tensorboard":
-            from tensorboardX import SummaryWriter
+    """While inside, each line of `metrics.jsonl` reaches the configured tracker, too; `check_tracker` has passed.
 
-            writer = SummaryWriter(str(run.path / "tensorboard"))
+    TensorBoard's files are in the run's folder. W&B and trackio write where their own settings say (`WANDB_MODE`,
+    `WANDB_DIR`, `TRACKIO_DIR`); a resumed run goes on under its name.
+    """
+    if config.output.tracker == "none":
+        yield
+        return
+    with {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}[config.output.tracker](config, run) as log:
 
-            def write(line: Mapping[str, Any]) -> None:
-                step, values = numbers_of(line)
-                for key, value in values.items():
-                    writer.add_scalar(key, value, step)
-                writer.flush()
+        def told(line: Mapping[str, Any]) -> None:
+            log(*numbers_of(line))
 
-            run.on_metric = write
-            try:
-                yield
-            finally:
-                run.on_metric = None
-                writer.close()
-        case "wandb":
-            import wandb
-
-            session = wandb.init(
-                project="shoal", name=run.name, id=run.name, resume="allow", config=config.model_dump(mode="json")
-            )
-
-            def log(line: Mapping[str, Any]) -> None:
-                step, values = numbers_of(line)
-                # An evaluation of an earlier version may end late, and W&B takes steps in rising order only.
-                session.log({**values, "step": step})
-
-            run.on_metric = log
-            try:
-                yield
-            finally:
-                run.on_metric = None
-                session.finish()
-        case _:
+        run.on_metric = told
+        try:
             yield
+        finally:
+            run.on_metric = None
+
+
+@contextmanager
+def _tensorboard(_: Config, run: RunDir) -> Iterator[Log]:
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(run.path / "tensorboard"))
+
+    def log(step: int, values: dict[str, float]) -> None:
+        for key, value in values.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    try:
+        yield log
+    finally:
+        writer.close()
+
+
+@contextmanager
+def _wandb(config: Config, run: RunDir) -> Iterator[Log]:
+    import wandb
+
+    session = wandb.init(
+        project=PROJECT, name=run.name, id=run.name, resume="allow", config=config.model_dump(mode="json")
+    )
+    try:
+        # An evaluation of an earlier version may end late, and W&B takes steps in rising order only.
+        yield lambda step, values: session.log({**values, "step": step})
+    finally:
+        session.finish()
+
+
+@contextmanager
+def _trackio(config: Config, run: RunDir) -> Iterator[Log]:
+    import trackio
+
+    session = trackio.init(
+        project=PROJECT, name=run.name, resume="allow", config=config.model_dump(mode="json"), embed=False
+    )
+    try:
+        yield lambda step, values: session.log(values, step=step)
+    finally:
+        session.finish()

@@ -97,6 +97,11 @@ class KVCache:
         values[rows, :, positions_BT] = v
         return keys[:, :, :reach], values[:, :, :reach]
 
+    def rows_of(self, layer: int, first_slot: int, batch: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of those slots themselves, to be read and written, [B, K, capacity, D]."""
+        rows = slice(first_slot, first_slot + batch)
+        return self._keys[layer][rows], self._values[layer][rows]
+
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` positions of one slot into another."""
         for store in (self._keys, self._values):

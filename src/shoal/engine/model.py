@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.engine.cache import KVCache
+from shoal.engine.decoding import can_decode, decode
 from shoal.engine.features import Features, Passed
 from shoal.engine.linear import Linear, can_pack
 from shoal.engine.lora import Adapter, grouped
@@ -193,6 +194,7 @@ class Decoder:
         self._norm = torch.empty(arch.hidden_size, dtype=dtype, device=device) if part.norms else None
         self._numbers = range(arch.num_layers)[part.first : part.last]
         self._layers = [_Layer(arch, dtype, device, make) for _ in self._numbers]
+        self._decodes = can_decode(dtype, device)
         self._rotary = Rotary(config, arch.head_dim, device)
         self._shapes = self._all_shapes()
 
@@ -282,13 +284,6 @@ class Decoder:
         slots_BT = start_B[:, None] + torch.arange(width, device=self.device)
         positions_BT = slots_BT if tree_BTT is None else start_B[:, None] + tree_BTT.sum(dim=-1) - 1
         cos, sin = self._rotary.angles(positions_BT, self.dtype)
-        # What nobody has reached is not read: decoding waits for memory. On a GPU, asking would take longer.
-        reach = cache.capacity if self.device.type == "cuda" else int(start_B.max()) + width
-        seen_B1TL = torch.arange(reach, device=self.device) <= slots_BT[:, None, :, None]
-        if tree_BTT is not None:
-            seen_B1TL.scatter_(3, slots_BT[:, None, None].expand(-1, 1, width, -1), tree_BTT[:, None])
-        bias_B1TL = torch.zeros(seen_B1TL.shape, dtype=self.dtype, device=self.device)
-        bias_B1TL.masked_fill_(~seen_B1TL, float("-inf"))
         groups = grouped(adapters, self.device)
 
         def project(index: int, name: str, x: Tensor) -> Tensor:
@@ -301,6 +296,16 @@ class Decoder:
         if self.part.embeds:
             assert self._embedding is not None
             hidden = F.embedding(x_BT, self._embedding)
+        if width == 1 and self._decodes:
+            hidden = decode(arch, self._layers, project, hidden, start_B, (cos, sin), cache, first_slot, observe)
+            return hidden if self._norm is None else F.rms_norm(hidden, (arch.hidden_size,), self._norm, arch.norm_eps)
+        # What nobody has reached is not read: decoding waits for memory. On a GPU, asking would take longer.
+        reach = cache.capacity if self.device.type == "cuda" else int(start_B.max()) + width
+        seen_B1TL = torch.arange(reach, device=self.device) <= slots_BT[:, None, :, None]
+        if tree_BTT is not None:
+            seen_B1TL.scatter_(3, slots_BT[:, None, None].expand(-1, 1, width, -1), tree_BTT[:, None])
+        bias_B1TL = torch.zeros(seen_B1TL.shape, dtype=self.dtype, device=self.device)
+        bias_B1TL.masked_fill_(~seen_B1TL, float("-inf"))
         for index, layer in enumerate(self._layers):
             if observe is not None:
                 observe(index, hidden)

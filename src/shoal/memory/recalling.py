@@ -122,7 +122,9 @@ class Recalling(Noting):
         given = self.settings
         if stable_fraction("notes", task.id) >= given.share:
             return task
-        recall = keeper_of(given.folder).recall(
+        keeper = keeper_of(given.folder)
+        keeper.retrieval.follow()  # another process may have admitted something since
+        recall = keeper.recall(
             asked_in(self._inner, task),
             max_tokens=given.max_tokens,
             count_tokens=counter_of(given.model),

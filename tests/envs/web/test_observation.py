@@ -33,6 +33,35 @@ def test_frames_count_as_letters() -> None:
     assert [numbering.ids[n] for n in (0, 25, 26, 27)] == ["a", "z", "aA", "aB"]
 
 
+def test_a_cell_that_is_one_link_and_a_form_without_a_name_say_nothing_of_their_own() -> None:
+    nodes = [
+        ax(1, "RootWebArea", "Rows", (2,)),
+        ax(2, "form", "", (3, 9)),
+        ax(3, "row", "", (4, 6, 8)),
+        ax(4, "cell", "Ada Dunn", (5,)),
+        ax(5, "link", "Ada Dunn", (10,)),
+        ax(10, "StaticText", "Ada Dunn"),
+        ax(6, "cell", "Editor", (7,)),
+        ax(7, "StaticText", "Editor"),
+        ax(8, "cell", "see Ben", (11, 12)),
+        ax(11, "StaticText", "see"),
+        ax(12, "link", "Ben", ()),
+        ax(9, "form", "Search", ()),
+    ]
+    numbering = Numbering()
+    tags = {2: "form", 3: "tr", 4: "td", 5: "a", 6: "td", 8: "td", 12: "a", 9: "form"}
+    numbering.see(tags.items())
+    page = build_page("http://a.test/", nodes, numbering, Snapshot(1, (), frozenset(), frozenset()))
+    row, search = page.root.children
+    assert [(one.role, one.name) for one in row.children] == [
+        ("link", "Ada Dunn"),
+        ("cell", "Editor"),
+        ("cell", "see Ben"),
+    ]
+    assert [one.role for one in row.children[2].children] == ["StaticText", "link"]
+    assert (search.role, search.name) == ("form", "Search")
+
+
 def test_a_page_keeps_what_says_something() -> None:
     nodes = [
         ax(1, "RootWebArea", "Shop", (2,)),

@@ -9,7 +9,7 @@ import pytest
 
 from shoal.envs.web.gate import Request
 from shoal.envs.web.sites.shop import Shop
-from shoal.envs.web.sites.site import Refused
+from shoal.envs.web.sites.site import NUM_VISITORS, Refused
 from shoal.envs.web.sites.template import Instance, same
 from shoal.envs.web.sites.templates import SITES, TEMPLATES
 
@@ -55,6 +55,20 @@ def test_with_content_of_its_own_a_site_is_the_same_and_its_tasks_differ(kind: s
         repr(vars(template.site(seed, 7)).get("accounts") or template.site(seed, 7).show([], {})) for seed in SEEDS
     }
     assert len(others) == 1, "the first page says the same whatever the seed"
+
+
+@pytest.mark.parametrize("kind", ["shop", "booking"])
+def test_a_site_with_content_of_its_own_has_few_visitors_and_says_which_one_it_is(kind: str) -> None:
+    site = next(template.site for name, template in TEMPLATES.items() if name.startswith(f"{kind}/"))
+    states: dict[str, set[str]] = {}
+    for seed in range(60):
+        one = site(seed, 7)
+        page = one(Request("GET", site.host, "/", "", b"")).body.decode()
+        assert f'aria-label="{one.visitor}"' in page
+        states.setdefault(one.visitor, set()).add(repr(one.state()))
+    assert len(states) == NUM_VISITORS and all(len(found) == 1 for found in states.values())
+    assert len(set.union(*states.values())) == NUM_VISITORS, "each left something else behind"
+    assert len({repr(site(seed).state()) for seed in range(20)}) == 20, "without content every episode is of its own"
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)

@@ -4,7 +4,9 @@
     work         what is asked of a model: experts and writers                 seams
     market       beacons, offers, choice                                       over the fabric
     executor     taking, doing and handing over steps                          over the fabric
+    chain        one chain's steps, and who holds them                         pure
     chains       leases of the chains that this node wrote                     over the fabric
+    patience     how long answers are waited for                               pure, and over the fabric
     commissions  writing chains for others                                     over the fabric
     posing       planners, weights, vote                                       over the fabric
     sharing      one ledger for all                                            over the fabric

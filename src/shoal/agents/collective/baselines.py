@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.agents.collective.answers import canonical
-from shoal.agents.collective.chains import Chain
+from shoal.agents.collective.chain import Chain
 from shoal.agents.collective.commissions import checked
 from shoal.agents.collective.node import CollectiveNode
 from shoal.agents.collective.work import Expert, NoChain, StepFailed, SubTask, Work, Writer

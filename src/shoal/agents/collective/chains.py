@@ -4,10 +4,12 @@
                 │  ▲           each hands the next step over itself, and reports whom it went to
                 ▼  └── a lease that ran out, a failure, or a step that nobody took: given again, to somebody else
 
-Invariants: a step has one holder at a time, and only its holder is briefed and believed; a step's result is taken once;
-what is asked of one executor is never told to another; a chain ends by its deadline, with an answer or a reason; every
-hand-over that its executor acknowledged ends in one contribution of the ledger: delivered, failed or late. Who did a
-chain's steps is remembered for its verdict, of at most `MAX_REMEMBERED` chains.
+Invariants: a step has one holder at a time, and only its holder is briefed and believed; a step's result is taken once,
+and whoever brings it again is told that it was; what is asked of one executor is never told to another; a chain ends by
+its deadline, with an answer or a reason; every hand-over that its executor acknowledged ends in one contribution of the
+ledger: delivered, failed or late. Who did a chain's steps is remembered for its verdict, of at most `MAX_REMEMBERED`
+chains. A lease is longer where answers are slow, and time in which this process itself stood still is not held against
+an executor, once between two signs of life.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
+from shoal.agents.collective.chain import Chain, Step
 from shoal.agents.collective.executor import (
+    BEATS,
     MAX_BYTES,
     brief_key,
     digest,
@@ -30,16 +33,13 @@ from shoal.agents.collective.executor import (
     verdict_key,
 )
 from shoal.agents.collective.market import Market
-from shoal.agents.collective.work import PlannedStep
+from shoal.agents.collective.patience import Asking
 from shoal.errors import NetworkError, RecordError
-from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
 from shoal.protocol.codec import decode, encode
 from shoal.protocol.collective import (
-    MAX_SHOWN_CHARS,
     Brief,
-    Briefing,
     ChainResult,
     Place,
     Report,
@@ -50,16 +50,15 @@ from shoal.protocol.collective import (
     Verdict,
 )
 from shoal.protocol.ledger import Contribution, Delivery
-from shoal.protocol.roster import SignedRecord
 from shoal.swarm.signing import verified
 
 log = logging.getLogger("shoal.collective")
 
 LEASE_S = 6.0
-"""Without a sign of life for so long, a step is given to somebody else."""
+"""Without a sign of life for so long, and what answers take here, a step is given to somebody else."""
 
-WAIT_FOR_HOLDER_S = 8.0
-"""A brief may be asked for before the report that says who took the step has come."""
+STOOD_STILL_S = 0.5
+"""Whoever wakes so much too late has not been running: signs of life may lie unread."""
 
 RETRY_S = 0.5
 """Before a step that nobody took is offered again."""
@@ -74,95 +73,6 @@ TELL_S = 3.0
 """An executor that does not hear its verdict within this goes without."""
 
 
-@dataclass
-class Step:
-    """One step while its chain runs."""
-
-    planned: PlannedStep
-    holder: bytes = b""
-    acknowledged: bool = False
-    """Whether the holder itself showed that it has the step; that it was given to somebody is one node's word."""
-    until: float = 0.0
-    """Monotonic time at which its lease runs out."""
-    result: str | None = None
-    done: SignedRecord | None = None
-    failed: set[bytes] = field(default_factory=set)
-    """Keys of those who had it and did not bring it."""
-
-
-class Chain:
-    """One chain of one problem.
-
-    Args:
-        tokens: that writing it took.
-        passed_on: executors hand the next step over themselves; False: each comes back here, as to a scheduler.
-    """
-
-    def __init__(
-        self,
-        problem: str,
-        chain: str,
-        steps: Sequence[PlannedStep],
-        deadline: float,
-        tokens: int = 0,
-        *,
-        passed_on: bool = True,
-    ) -> None:
-        self.problem = problem
-        self.id = chain
-        self.steps = [Step(one) for one in steps]
-        self.deadline = deadline
-        self.tokens = tokens
-        self.passed_on = passed_on
-        self.changed = asyncio.Condition()
-        self.reason = ""
-
-    @property
-    def at(self) -> int:
-        """The step that is being done; their number once all are."""
-        return next((i for i, step in enumerate(self.steps) if step.result is None), len(self.steps))
-
-    def place(self, step: int) -> Place:
-        return Place(self.problem, self.id, step)
-
-    def briefing(self, number: int, lease_s: float) -> Briefing:
-        """What the holder of a step is told."""
-        planned = self.steps[number].planned
-        last = number + 1 == len(self.steps) or not self.passed_on
-        return Briefing(
-            requirement=planned.requirement,
-            task=planned.task,
-            needed={one: self.steps[one].result or "" for one in planned.needs},
-            next_requirement="" if last else self.steps[number + 1].planned.requirement,
-            lease_s=lease_s,
-        )
-
-    def view(self) -> tuple[StepView, ...]:
-        """How far it is, for its poser to read."""
-        return tuple(
-            StepView(
-                requirement=step.planned.requirement,
-                task=step.planned.task[:MAX_SHOWN_CHARS],
-                executor=step.holder,
-                result=(step.result or "")[:MAX_SHOWN_CHARS],
-            )
-            for step in self.steps
-        )
-
-    def result(self) -> ChainResult:
-        """How it ended."""
-        finished = self.at == len(self.steps)
-        return ChainResult(
-            problem=self.problem,
-            chain=self.id,
-            answer=self.steps[-1].result if finished else None,
-            done=tuple(step.done for step in self.steps if step.done is not None) if finished else (),
-            steps=self.view(),
-            tokens=self.tokens,
-            reason="" if finished else (self.reason or "it did not end in time"),
-        )
-
-
 class Chains:
     """All chains that this node watches over.
 
@@ -172,14 +82,15 @@ class Chains:
 
     def __init__(
         self,
-        fabric: Fabric,
+        asking: Asking,
         run: str,
         market: Market,
         credit: Callable[[bytes, Contribution], None],
         *,
         lease_s: float = LEASE_S,
     ) -> None:
-        self._fabric = fabric
+        self._asking = asking
+        self._fabric = asking.fabric
         self._run = run
         self._market = market
         self._credit = credit
@@ -187,6 +98,11 @@ class Chains:
         self._chains: dict[str, Chain] = {}
         self._done_by: OrderedDict[str, list[tuple[Place, bytes]]] = OrderedDict()
         """Ended chain -> its steps and who did them."""
+
+    @property
+    def _patient_s(self) -> float:
+        """A lease as this planner counts it: what is under way for longer than a lease is not lost."""
+        return self._lease_s + self._asking.patience.limit_s(0.0)
 
     async def start(self, admits: Callable[[bytes], bool]) -> None:
         """Begin to brief and to hear reports."""
@@ -209,7 +125,7 @@ class Chains:
     async def _tell(self, executor: bytes, verdict: Verdict) -> None:
         key = verdict_key(node_id_of(executor))
         try:
-            await self._fabric.request(
+            await self._asking.request(
                 key, encode(verdict), TELL_S, to=executor, max_reply_bytes=16, absent_grace_s=0.2
             )
         except NetworkError as error:
@@ -254,16 +170,26 @@ class Chains:
                     return
                 await self._give(chain, number)
                 continue
-            async with chain.changed:
-                while step.result is None and step.holder and (left_s := step.until - time.monotonic()) > 0:
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(left_s):
-                            await chain.changed.wait()
-            if step.result is None and step.holder and time.monotonic() >= step.until:
+            if not await self._is_kept(chain, step):
                 self._ended(chain, number, "late")
                 if not reassign:
                     chain.reason = "its executor fell silent"
                     return
+
+    async def _is_kept(self, chain: Chain, step: Step) -> bool:
+        """Wait while a step is at work; False: its lease has run out."""
+        async with chain.changed:
+            while step.result is None and step.holder:
+                if (left_s := step.until - time.monotonic()) > 0:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(left_s):
+                            await chain.changed.wait()
+                elif left_s < -STOOD_STILL_S and not step.was_excused:
+                    step.was_excused = True
+                    step.until = time.monotonic() + self._lease_s / BEATS
+                else:
+                    return False
+        return True
 
     async def _give(self, chain: Chain, number: int) -> None:
         """Offer a step until somebody has it; those who failed with it only when nobody else is left."""
@@ -273,7 +199,7 @@ class Chains:
         candidates = await self._market.choose(requirement, self._lease_s)
         # Those who failed with it once are asked when nobody else takes it.
         candidates.sort(key=lambda one: one.candidate.key in step.failed)
-        key = await hand_over(self._fabric, candidates, take)
+        key = await hand_over(self._asking, candidates, take)
         if key:
             await self._hold(chain, number, key)
         else:
@@ -284,7 +210,7 @@ class Chains:
         """Hand the first step to one node, which may be busy at first."""
         take = Take(place=chain.place(0), planner=self._fabric.identity.public_key, lease_s=self._lease_s)
         for _ in range(TRIES):
-            if await offer_to(self._fabric, key, take):
+            if await offer_to(self._asking, key, take):
                 await self._hold(chain, 0, key)
                 return True
             await asyncio.sleep(RETRY_S)
@@ -293,7 +219,8 @@ class Chains:
     async def _hold(self, chain: Chain, number: int, key: bytes) -> None:
         step = chain.steps[number]
         async with chain.changed:
-            step.holder, step.acknowledged, step.until = key, True, time.monotonic() + self._lease_s
+            step.holder, step.acknowledged, step.was_excused = key, True, False
+            step.until = time.monotonic() + self._patient_s
             chain.changed.notify_all()
 
     def _ended(self, chain: Chain, number: int, delivery: Delivery, done: StepDone | None = None) -> None:
@@ -318,18 +245,29 @@ class Chains:
             return None
         return chain if chain.steps[place.step].holder == sender else None
 
-    def _is_settled(self, place: Place, sender: bytes) -> bool:
-        """Whether it is clear if this sender holds this step."""
+    def _is_settled(self, place: Place) -> bool:
+        """Whether it is clear who holds this step."""
         chain = self._chains.get(place.chain)
-        return chain is None or place.step < chain.at or self._held(place, sender) is not None
+        if chain is None or place.step != chain.at:
+            return chain is None or place.step < chain.at
+        return bool(chain.steps[place.step].holder)
+
+    def _was_delivered(self, place: Place, sender: bytes) -> bool:
+        """Whether this sender's result of this step was taken."""
+        chain = self._chains.get(place.chain)
+        if chain is None:
+            return (place, sender) in self._done_by.get(place.chain, ())
+        step = chain.steps[place.step] if place.step < len(chain.steps) else None
+        return step is not None and step.done is not None and step.holder == sender
 
     async def _brief(self, request: Request) -> bytes:
         place = decode(request.body, Brief, max_bytes=4096).place
         chain = self._chains.get(place.chain)
         if chain is not None:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WAIT_FOR_HOLDER_S), chain.changed:
-                    await chain.changed.wait_for(lambda: self._is_settled(place, request.sender_key))
+                # It may be asked for before the report that says who took the step has come.
+                async with asyncio.timeout(self._patient_s), chain.changed:
+                    await chain.changed.wait_for(lambda: self._is_settled(place))
         found = self._held(place, request.sender_key)
         if found is None:
             raise RecordError("that step is not yours.")
@@ -338,17 +276,19 @@ class Chains:
 
     async def _report(self, request: Request) -> bytes:
         report = decode(request.body, Report, max_bytes=MAX_BYTES)
-        chain = self._held(report.place, request.sender_key)
+        chain = self._chains.get(report.place.chain)
         if chain is None:
-            return encode(Reported(goes_on=False))
+            return encode(Reported(goes_on=self._was_delivered(report.place, request.sender_key)))
         number = report.place.step
-        step = chain.steps[number]
         async with chain.changed:
+            if self._held(report.place, request.sender_key) is None:
+                return encode(Reported(goes_on=self._was_delivered(report.place, request.sender_key)))
+            step = chain.steps[number]
             if report.failure:
                 chain.reason = f"step {number + 1} failed: {report.failure}"
                 self._ended(chain, number, "failed")
             elif report.done is None:
-                step.until = time.monotonic() + self._lease_s
+                step.until, step.was_excused = time.monotonic() + self._patient_s, False
             else:
                 done = self._checked(report, request.sender_key, step)
                 step.result, step.done = report.result, report.done
@@ -356,7 +296,7 @@ class Chains:
                 if report.next and number + 1 < len(chain.steps):
                     following = chain.steps[number + 1]
                     following.holder, following.acknowledged = report.next, False
-                    following.until = time.monotonic() + self._lease_s
+                    following.until = time.monotonic() + self._patient_s
             chain.changed.notify_all()
         return encode(Reported(goes_on=True))
 

@@ -1,8 +1,8 @@
 """A planner's first part: take commissions, have chains written, and tell the poser how each ended.
 
 Invariants: at most `MAX_COMMISSIONS` at once; a chain that was written is checked before anybody hears of it; every
-commission ends by its deadline, and its poser is told; a verdict is taken from the poser that commissioned the chain,
-once, and passed on to those who did its steps.
+commission ends by its deadline, and its poser is told, again and again until then where it does not answer; a verdict
+is taken from the poser that commissioned the chain, once, and passed on to those who did its steps.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-from shoal.agents.collective.chains import MAX_REMEMBERED, Chain, Chains
+from shoal.agents.collective.chain import Chain
+from shoal.agents.collective.chains import MAX_REMEMBERED, Chains
 from shoal.agents.collective.executor import MAX_BYTES
+from shoal.agents.collective.patience import Asking
 from shoal.agents.collective.posing import ASK_S, commission_key, judged_key, result_key, underway_key
 from shoal.agents.collective.work import NoChain, Plan, PlannedStep, Writer
 from shoal.errors import NetworkError
-from shoal.fabric.fabric import Fabric
+from shoal.fabric.errors import RemoteError
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
 from shoal.protocol.codec import decode, encode
@@ -27,6 +29,9 @@ from shoal.protocol.collective import MAX_STEPS, ChainResult, Commission, Judged
 log = logging.getLogger("shoal.collective")
 
 MAX_COMMISSIONS = 64
+
+TELL_AGAIN_S = 1.0
+"""Before a poser that did not answer is told of a chain's end again."""
 
 OnPlan = Callable[[str, Plan, float | None], None]
 """Told of each chain that ran and what its answer turned out to be worth; None where nobody said."""
@@ -43,13 +48,14 @@ class Commissions:
 
     def __init__(
         self,
-        fabric: Fabric,
+        asking: Asking,
         chains: Chains,
         writer: Writer | None,
         skills: Callable[[], Sequence[str]],
         on_plan: OnPlan | None = None,
     ) -> None:
-        self._fabric = fabric
+        self._asking = asking
+        self._fabric = asking.fabric
         self._chains = chains
         self._writer = writer
         self._skills = skills
@@ -102,12 +108,21 @@ class Commissions:
         except (NoChain, TimeoutError) as error:
             why = str(error)[:500] or "no chain was written in time"
             result = ChainResult(problem=wanted.problem, chain=wanted.chain, answer=None, reason=why)
-        try:
-            await self._fabric.request(
-                result_key(node_id_of(poser)), encode(result), ASK_S, to=poser, max_reply_bytes=16
-            )
-        except NetworkError as error:
-            log.info("nobody waits for chain %s any more: %s", result.chain, error)
+        await self._tell(poser, result, deadline)
+
+    async def _tell(self, poser: bytes, result: ChainResult, deadline: float) -> None:
+        """How a chain ended, until its poser has heard it or waits no more."""
+        key, body = result_key(node_id_of(poser)), encode(result)
+        while True:
+            try:
+                await self._asking.request(key, body, ASK_S, to=poser, max_reply_bytes=16)
+                return
+            except NetworkError as error:
+                log.info("the poser of chain %s does not hear how it ended: %s", result.chain, error)
+                refused = isinstance(error, RemoteError) and error.kind != "busy"
+                if refused or time.monotonic() >= deadline:
+                    return
+            await asyncio.sleep(TELL_AGAIN_S)
 
     async def _underway(self, request: Request) -> bytes:
         chain = decode(request.body, Underway, max_bytes=4096).chain

@@ -9,8 +9,9 @@ over), so that nobody waits for offers when it is done; those of a step that too
 again.
 
 Invariants: at most `slots` steps at once, and availability says how many are free; a step that its planner has given to
-somebody else, or whose planner cannot be reached for a lease, is stopped; nothing of a step is kept after its report
-but what `on_work` is to have, which waits for its planner's verdict: of at most `MAX_AWAITING` steps.
+somebody else, or whose planner cannot be reached for a lease, is stopped; a result is reported until its planner has
+answered, or is given up; nothing of a step is kept after its report but what `on_work` is to have, which waits for its
+planner's verdict: of at most `MAX_AWAITING` steps.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from collections.abc import Callable, Iterable
 from blake3 import blake3
 
 from shoal.agents.collective.market import Market
+from shoal.agents.collective.patience import Asking
 from shoal.agents.collective.work import Expert, StepFailed, SubTask, Work
 from shoal.errors import NetworkError
-from shoal.fabric.fabric import Fabric
+from shoal.fabric.errors import RemoteError
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
 from shoal.planning.selection import Chosen
@@ -52,10 +54,13 @@ log = logging.getLogger("shoal.collective")
 
 MAX_BYTES = 512 * 1024
 ANSWER_S = 10.0
-"""How long a planner may take to answer a brief or a report."""
+"""How long a planner may take to answer a brief or a report, at least (`patience`)."""
+
+AGAIN_S = 0.5
+"""Before a report that was not answered is made again."""
 
 TAKE_S = 3.0
-"""How long a candidate may take to say whether it takes a step; then the next best is asked."""
+"""How long a candidate may take to say whether it takes a step, at least; then the next best is asked."""
 
 BEATS = 3
 """Signs of life in a lease."""
@@ -98,10 +103,10 @@ def digest(result: str) -> bytes:
     return blake3(result.encode(errors="replace")).digest()
 
 
-async def offer_to(fabric: Fabric, key: bytes, take: Take) -> bool:
+async def offer_to(asking: Asking, key: bytes, take: Take) -> bool:
     """Hand a step to one node; whether it acknowledged."""
     try:
-        answer = await fabric.request(
+        answer = await asking.request(
             take_key(node_id_of(key)), encode(take), TAKE_S, to=key, max_reply_bytes=4096, absent_grace_s=0.2
         )
         return decode(answer, Taken, max_bytes=4096).accepted
@@ -110,10 +115,10 @@ async def offer_to(fabric: Fabric, key: bytes, take: Take) -> bool:
         return False
 
 
-async def hand_over(fabric: Fabric, candidates: Iterable[Chosen], take: Take) -> bytes:
+async def hand_over(asking: Asking, candidates: Iterable[Chosen], take: Take) -> bytes:
     """Give a step to the first candidate that takes it; returns its key, empty where nobody does."""
     for one in candidates:
-        if await offer_to(fabric, one.candidate.key, take):
+        if await offer_to(asking, one.candidate.key, take):
             return one.candidate.key
     return b""
 
@@ -129,7 +134,7 @@ class Executor:
 
     def __init__(
         self,
-        fabric: Fabric,
+        asking: Asking,
         run: str,
         expert: Expert | None,
         *,
@@ -137,7 +142,8 @@ class Executor:
         price_usd: float = 0.0,
         on_work: OnWork | None = None,
     ) -> None:
-        self._fabric = fabric
+        self._asking = asking
+        self._fabric = asking.fabric
         self._run = run
         self._expert = expert
         self._slots = slots if expert is not None else 0
@@ -224,8 +230,10 @@ class Executor:
         node = node_id_of(planner)
         try:
             body = encode(Brief(place=place))
+            # Not by `_asking`: it is answered when its planner has heard who took the step, and not at once.
+            limit_s = self._asking.patience.limit_s(ANSWER_S, planner)
             answer = await self._fabric.request(
-                brief_key(node), body, ANSWER_S, to=planner, max_reply_bytes=MAX_BYTES, absent_grace_s=1.0
+                brief_key(node), body, limit_s, to=planner, max_reply_bytes=MAX_BYTES, absent_grace_s=1.0
             )
             briefing = decode(answer, Briefing, max_bytes=MAX_BYTES)
         except NetworkError as error:
@@ -260,12 +268,12 @@ class Executor:
                 candidates = await choosing if AHEAD_S < seconds < FRESH_S else ()
                 after = Place(place.problem, place.chain, place.step + 1)
                 take = Take(place=after, planner=planner, lease_s=briefing.lease_s)
-                following = await hand_over(self._fabric, candidates, take)
+                following = await hand_over(self._asking, candidates, take)
                 if not following:
                     again = await self._market.choose(requirement, briefing.lease_s)
-                    following = await hand_over(self._fabric, again, take)
+                    following = await hand_over(self._asking, again, take)
         except StepFailed as error:
-            await self._report(planner, Report(place=place, failure=str(error)[:512] or "it failed"))
+            await self._deliver(planner, Report(place=place, failure=str(error)[:512] or "it failed"))
             return
         finally:
             if choosing is not None:
@@ -284,7 +292,7 @@ class Executor:
             self._awaiting[place] = (planner, work)  # Before the report: the verdict may come with its answer.
             if len(self._awaiting) > MAX_AWAITING:
                 self._give_on_oldest()
-        if await self._report(planner, report):
+        if await self._deliver(planner, report):
             self.done += 1
         else:
             self._awaiting.pop(place, None)  # Somebody else's result stands in its place.
@@ -294,21 +302,36 @@ class Executor:
         return await self._market.choose(requirement, lease_s)
 
     async def _beat(self, place: Place, planner: bytes, lease_s: float) -> None:
-        """Say "at work" until the planner says stop, or has not answered for a lease."""
+        """Say "at work" until the planner says stop, or has not answered for a lease, or longer where answers are slow.
+
+        A sign of life that is lost is made again soon enough for the next one to keep the lease.
+        """
         heard = time.monotonic()
-        while time.monotonic() - heard < lease_s:
+        while time.monotonic() - heard < self._asking.patience.limit_s(lease_s, planner):
             # Not all at one time, where many steps began together.
             await asyncio.sleep(lease_s / BEATS * random.uniform(0.6, 1.0))
             try:
-                if not await self._report(planner, Report(place=place)):
+                if not await self._report(planner, Report(place=place), lease_s / BEATS):
                     return
                 heard = time.monotonic()
             except NetworkError as error:
                 log.info("the planner of step %d does not answer: %s", place.step, error)
 
-    async def _report(self, planner: bytes, report: Report) -> bool:
+    async def _deliver(self, planner: bytes, report: Report) -> bool:
+        """Report what ends a step until it is answered (`_beat` knows when that is in vain); whether it is taken."""
+        while True:
+            try:
+                return await self._report(planner, report, ANSWER_S)
+            except RemoteError as error:
+                if error.kind != "busy":
+                    raise
+            except NetworkError as error:
+                log.info("the planner of step %d has not heard what came of it yet: %s", report.place.step, error)
+            await asyncio.sleep(AGAIN_S)
+
+    async def _report(self, planner: bytes, report: Report, floor_s: float) -> bool:
         """Whether the step is still this node's."""
-        answer = await self._fabric.request(
-            report_key(node_id_of(planner)), encode(report), ANSWER_S, to=planner, max_reply_bytes=4096
+        answer = await self._asking.request(
+            report_key(node_id_of(planner)), encode(report), floor_s, to=planner, max_reply_bytes=4096
         )
         return decode(answer, Reported, max_bytes=4096).goes_on

@@ -3,9 +3,9 @@
     choose ──Beacon, published──▶ every agent ──Offer, sealed──▶ asker ──rank (`planning.selection`)──▶ the best first
 
 Invariants: a beacon says what is required and nothing of the problem; an offer counts once a sender and only for a
-beacon that is being listened to; listening ends when everybody has answered, after `listens_s` if anybody has time, and
-at the latest after `PATIENCE_S`; who offers never ranks itself: the asker reads the ledger, about itself too, where
-only others write.
+beacon that is being listened to; listening ends when everybody has answered, and if anybody has time, after
+`listens_s` or as long as offers took lately (`patience`), and at the latest after `PATIENCE_S`; who offers never ranks
+itself: the asker reads the ledger, about itself too, where only others write.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Self
 
+from shoal.agents.collective.patience import Asking, Patience
 from shoal.errors import NetworkError, RecordError
-from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
 from shoal.planning.selection import Candidate, Chosen, rank
@@ -41,6 +43,9 @@ OFFER_S = 5.0
 MAX_OFFERS = 256
 """Offers that are being sent at once."""
 
+MAX_SENT = 256
+"""Beacons of which late offers still tell how long offers take."""
+
 
 def offer_key(node: str) -> str:
     """Where a node hears offers."""
@@ -60,7 +65,7 @@ class Market:
 
     def __init__(
         self,
-        fabric: Fabric,
+        asking: Asking,
         *,
         admits: Callable[[bytes], bool],
         others: Callable[[], int],
@@ -69,7 +74,8 @@ class Market:
         similar: Callable[[str, str], float],
         listens_s: float = LISTENS_S,
     ) -> None:
-        self._fabric = fabric
+        self._asking = asking
+        self._fabric = asking.fabric
         self._admits = admits
         self._others = others
         self._offer = offer
@@ -78,12 +84,16 @@ class Market:
         self._listens_s = listens_s
         self._open: dict[str, dict[bytes, Offer]] = {}
         self._heard: dict[str, asyncio.Event] = {}
+        self._sent: OrderedDict[str, float] = OrderedDict()
+        """Beacon -> when, on the monotonic clock."""
+        self._patience = Patience()
         self._sending: set[asyncio.Task[None]] = set()
         self._listener: asyncio.Task[None] | None = None
 
     async def choose(self, requirement: str, lease_s: float, without: Collection[bytes] = ()) -> list[Chosen]:
         """Who could do this, the best first; `without` these."""
-        beacon = Beacon(id=secrets.token_hex(8), requirement=requirement, listens_s=self._listens_s, lease_s=lease_s)
+        listens_s = min(self._patience.limit_s(self._listens_s), max(self._listens_s, PATIENCE_S))
+        beacon = Beacon(id=secrets.token_hex(8), requirement=requirement, listens_s=listens_s, lease_s=lease_s)
         offers = self._open[beacon.id] = {}
         heard = self._heard[beacon.id] = asyncio.Event()
         try:
@@ -97,12 +107,15 @@ class Market:
     async def _hear(self, beacon: Beacon, offers: dict[bytes, Offer], heard: asyncio.Event) -> None:
         loop = asyncio.get_running_loop()
         began = loop.time()
+        self._sent[beacon.id] = time.monotonic()
+        if len(self._sent) > MAX_SENT:
+            self._sent.popitem(last=False)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout_at(began + max(self._listens_s, PATIENCE_S)) as limit:
+            async with asyncio.timeout_at(began + max(beacon.listens_s, PATIENCE_S)) as limit:
                 await self._fabric.publish(TOPIC, encode(beacon))
                 while len(offers) < self._others():
                     if any(offer.availability > 0 for offer in offers.values()):
-                        limit.reschedule(began + self._listens_s)
+                        limit.reschedule(began + beacon.listens_s)
                     heard.clear()
                     await heard.wait()
 
@@ -134,6 +147,8 @@ class Market:
 
     async def _take_offer(self, request: Request) -> bytes:
         offer = decode(request.body, Offer, max_bytes=MAX_BYTES)
+        if (sent := self._sent.get(offer.beacon)) is not None:
+            self._patience.answered(min(time.monotonic() - sent, PATIENCE_S))
         if (offers := self._open.get(offer.beacon)) is not None:
             offers.setdefault(request.sender_key, offer)
             self._heard[offer.beacon].set()
@@ -158,6 +173,6 @@ class Market:
 
     async def _send(self, asker: str, key: bytes, offer: Offer) -> None:
         try:
-            await self._fabric.request(offer_key(asker), encode(offer), OFFER_S, to=key, max_reply_bytes=16)
+            await self._asking.request(offer_key(asker), encode(offer), OFFER_S, to=key, max_reply_bytes=16)
         except NetworkError as error:
             log.info("an offer did not reach %s: %s", asker, error)

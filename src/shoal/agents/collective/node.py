@@ -26,10 +26,12 @@ from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
-from shoal.agents.collective.chains import LEASE_S, Chain, Chains
+from shoal.agents.collective.chain import Chain
+from shoal.agents.collective.chains import LEASE_S, Chains
 from shoal.agents.collective.commissions import Commissions, OnPlan
 from shoal.agents.collective.executor import Executor, OnWork
 from shoal.agents.collective.market import LISTENS_S, Market
+from shoal.agents.collective.patience import Asking
 from shoal.agents.collective.posing import PLANNING, Poser
 from shoal.agents.collective.sharing import OwnEntries, Sharing
 from shoal.agents.collective.work import Expert, PlannedStep, Writer
@@ -93,9 +95,10 @@ class CollectiveNode:
         self._counted: dict[bytes, int] = {}
         self._convicted: frozenset[bytes] = frozenset()
         self._tally = Tally()
-        self.executor = Executor(self._fabric, run, expert, slots=slots, price_usd=price_usd, on_work=on_work)
+        asking = Asking(self._fabric)
+        self.executor = Executor(asking, run, expert, slots=slots, price_usd=price_usd, on_work=on_work)
         self._market = Market(
-            self._fabric,
+            asking,
             admits=member.is_granted,
             others=lambda: len(self.peers()),
             offer=self.executor.offer,
@@ -103,10 +106,10 @@ class CollectiveNode:
             similar=similar,
             listens_s=listens_s,
         )
-        self.chains = Chains(self._fabric, run, self._market, self._credit, lease_s=lease_s)
-        self._sharing = Sharing(self._fabric, self.ledger, self.peers, share_every_s)
-        self._commissions = Commissions(self._fabric, self.chains, writer, self.skills, on_plan)
-        self._poser = Poser(self._fabric, run, self._market, tally=self.tally, similar=similar, is_here=self._is_here)
+        self.chains = Chains(asking, run, self._market, self._credit, lease_s=lease_s)
+        self._sharing = Sharing(asking, self.ledger, self.peers, share_every_s)
+        self._commissions = Commissions(asking, self.chains, writer, self.skills, on_plan)
+        self._poser = Poser(asking, run, self._market, tally=self.tally, similar=similar, is_here=self._is_here)
         self.solve = self._poser.solve
         self.told = self._poser.told
         self.choose = self._market.choose

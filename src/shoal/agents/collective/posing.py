@@ -2,12 +2,13 @@
 
     choose(PLANNING) ──▶ Commission × M ──▶ ChainResult × M ──▶ weights from the ledger ──▶ `selection.vote` ──▶ Judged
 
-A planner that falls silent, or whose chain cannot be finished, is replaced by the next best while there is time. What a
-chain was worth is told to those who took part in it: whether its answer was the one that won, or, where the poser can
-score answers, its score.
+A planner that falls silent, or whose chain cannot be finished, is replaced by the next best while there is time; what
+it brings after all still counts, for it may only have been slow, or cut off for a while. What a chain was worth is told
+to those who took part in it: whether its answer was the one that won, or, where the poser can score answers, its score.
 
-Invariants: a problem ends by its deadline; a chain counts once, and only from the planner that it was commissioned
-from; the weights are the poser's own, from its ledger and the executors' signatures.
+Invariants: a problem ends by its deadline, and before it only with as many answers as were wanted, or after `MAX_TRIES`
+chains; a chain counts once, and only from the planner that it was commissioned from; the weights are the poser's own,
+from its ledger and the executors' signatures.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from typing import NamedTuple
 from shoal.agents.collective.answers import canonical
 from shoal.agents.collective.executor import MAX_BYTES, digest
 from shoal.agents.collective.market import Market
+from shoal.agents.collective.patience import Asking
 from shoal.errors import NetworkError, RecordError
-from shoal.fabric.fabric import Fabric
+from shoal.fabric.errors import RemoteError
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
 from shoal.planning.selection import Ballot, Chosen, match, vote
@@ -50,13 +52,16 @@ PLANNING = "planning: break a problem into steps"
 
 ASK_S = 5.0
 WATCH_S = 1.0
-"""How often a poser asks its planners whether they are still at it."""
+"""How often a poser asks its planners whether they are still at it; an answer may take longer (`patience`)."""
 
 SILENT = 3
-"""Questions without an answer after which a planner that is gone is given up."""
+"""Questions' times without an answer, after which a planner that is gone is given up."""
 
 PATIENT = 3
 """Times as many, while its connection stands: it may only be busy."""
+
+MAX_TRIES = 512
+"""Chains that are commissioned for one problem: where nobody's model writes one, that is not tried for ever."""
 
 
 def commission_key(node: str) -> str:
@@ -117,15 +122,29 @@ class Solution:
 
 
 @dataclass
+class _Commissioned:
+    """A chain that a planner was asked for."""
+
+    planner: bytes
+    heard_at: float
+    """Monotonic time of its planner's last word."""
+    is_taken: bool = False
+    """Whether its planner has said that it has it."""
+    is_silent: bool = False
+    """Given up, until its planner speaks again."""
+    ended: ChainView | None = None
+
+
+@dataclass
 class _Open:
     """A problem that this node has posed."""
 
     text: str
-    planners: dict[str, bytes] = field(default_factory=dict)
-    """Chain -> its planner."""
-    ended: dict[str, ChainView] = field(default_factory=dict)
+    chains: dict[str, _Commissioned] = field(default_factory=dict)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     told: OnProgress | None = None
+    watches: list[asyncio.Task[None]] = field(default_factory=list)
+    """One a chain."""
 
 
 class Poser:
@@ -139,7 +158,7 @@ class Poser:
 
     def __init__(
         self,
-        fabric: Fabric,
+        asking: Asking,
         run: str,
         market: Market,
         *,
@@ -147,7 +166,8 @@ class Poser:
         similar: Callable[[str, str], float],
         is_here: Callable[[bytes], bool],
     ) -> None:
-        self._fabric = fabric
+        self._asking = asking
+        self._fabric = asking.fabric
         self._run = run
         self._market = market
         self._tally = tally
@@ -197,18 +217,23 @@ class Poser:
             found = self._counted_up(problem, mine, time.monotonic() - began)
         finally:
             del self._open[problem]
+            for watch in mine.watches:
+                watch.cancel()
+            await asyncio.gather(*mine.watches, return_exceptions=True)
         for view in found.chains:
             if view.answer is not None:
                 agrees = canonical(view.answer) == canonical(found.answer or "")
                 worth = min(max(score(view.answer), 0.0), 1.0) if score is not None else float(agrees)
-                self._judge(mine.planners[view.chain], Judged(chain=view.chain, score=worth))
+                self._judge(mine.chains[view.chain].planner, Judged(chain=view.chain, score=worth))
         return found
 
     def _judge(self, planner: bytes, judged: Judged) -> None:
         async def tell() -> None:
             try:
+                # Not by `_asking`: it is answered when the executors have been told.
+                limit_s = self._asking.patience.limit_s(ASK_S, planner)
                 await self._fabric.request(
-                    judged_key(node_id_of(planner)), encode(judged), ASK_S, to=planner, max_reply_bytes=16
+                    judged_key(node_id_of(planner)), encode(judged), limit_s, to=planner, max_reply_bytes=16
                 )
             except NetworkError as error:
                 log.info("a planner does not hear what its chain was worth: %s", error)
@@ -221,24 +246,20 @@ class Poser:
         """Keep `planners` chains going until so many have ended with an answer."""
         mine = self._open[problem]
         tried: set[bytes] = set()
-        silent: dict[str, int] = {}
-        look_at = time.monotonic() + WATCH_S
         while True:
             mine.changed.clear()
-            answered = sum(view.answer is not None for view in mine.ended.values())
-            lacking = planners - answered - (len(mine.planners) - len(mine.ended))
+            answered = sum(one.ended is not None and one.ended.answer is not None for one in mine.chains.values())
+            underway = sum(one.ended is None and not one.is_silent for one in mine.chains.values())
             if answered >= planners:
                 return
+            lacking = min(planners - answered - underway, MAX_TRIES - len(mine.chains))
+            if lacking <= 0 and not underway:
+                return
             if lacking > 0 and not await self._begin(problem, lacking, deadline, tried):
-                if len(mine.planners) == len(mine.ended) and mine.ended and not tried:
-                    return
                 tried.clear()  # Everybody had a turn; begin again with those that are left.
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.0, look_at - time.monotonic())):
+                async with asyncio.timeout(WATCH_S):
                     await mine.changed.wait()
-            if time.monotonic() >= look_at:
-                await self._look_after(problem, silent)
-                look_at = time.monotonic() + WATCH_S
 
     async def _begin(self, problem: str, count: int, deadline: float, tried: set[bytes]) -> int:
         """Commission up to `count` more chains, all at once; how many planners agreed."""
@@ -256,48 +277,57 @@ class Poser:
         key, chain = one.candidate.key, secrets.token_hex(8)
         left_s = max(0.0, deadline - time.monotonic())
         body = encode(Commission(problem=problem, chain=chain, text=mine.text, deadline_s=left_s))
-        mine.planners[chain] = key
+        asked = mine.chains[chain] = _Commissioned(key, time.monotonic())
         try:
-            await self._fabric.request(
+            await self._asking.request(
                 commission_key(one.candidate.id), body, ASK_S, to=key, max_reply_bytes=16, absent_grace_s=0.2
             )
-        except NetworkError as error:
+            asked.is_taken, asked.heard_at = True, time.monotonic()
+        except RemoteError as error:
             log.info("%s writes no chain: %s", one.candidate.id, error)
-            del mine.planners[chain]
+            del mine.chains[chain]
             return False
-        return True
+        except NetworkError as error:
+            # It may have been heard all the same: then the planner says so when it is asked.
+            log.info("%s does not say whether it writes a chain: %s", one.candidate.id, error)
+            asked.is_silent = True
+        mine.watches.append(asyncio.create_task(self._watch(mine, chain, asked)))
+        return asked.is_taken
 
-    async def _look_after(self, problem: str, silent: dict[str, int]) -> None:
-        """Ask the planners of chains that have not ended whether they are still at it."""
-        mine = self._open[problem]
-
-        async def ask(chain: str, key: bytes) -> None:
-            body = encode(Underway(chain=chain))
+    async def _watch(self, mine: _Open, chain: str, asked: _Commissioned) -> None:
+        """Ask a chain's planner whether it is still at it, until it has ended."""
+        key, node = asked.planner, node_id_of(asked.planner)
+        body = encode(Underway(chain=chain))
+        while asked.ended is None:
+            await asyncio.sleep(WATCH_S)
+            was_silent = asked.is_silent
             try:
-                found = await self._fabric.request(
-                    underway_key(node_id_of(key)),
-                    body,
-                    WATCH_S,
-                    to=key,
-                    max_reply_bytes=MAX_BYTES,
-                    absent_grace_s=0.2,
+                found = await self._asking.request(
+                    underway_key(node), body, WATCH_S, to=key, max_reply_bytes=MAX_BYTES, absent_grace_s=0.2
                 )
                 progress = decode(found, Progress, max_bytes=MAX_BYTES)
-                # One that says itself that it has no such chain was started again.
-                silent[chain] = 0 if progress.here else silent.get(chain, 0) + PATIENT
+            except (NetworkError, RecordError) as error:
+                log.info("planner %s says nothing of its chain: %s", node, error)
+                once_s = self._asking.patience.limit_s(WATCH_S)
+                patience_s = SILENT * once_s * (PATIENT if self._is_here(key) else 1)
+                asked.is_silent = was_silent or time.monotonic() - asked.heard_at > patience_s
+            else:
+                asked.heard_at = time.monotonic()
+                # One that says itself that it has no such chain was started again, or never heard of it.
+                asked.is_silent = not progress.here
+                asked.is_taken = asked.is_taken or progress.here
                 if mine.told is not None and progress.steps:
-                    mine.told(chain, node_id_of(key), progress.steps)
-            except (NetworkError, RecordError):
-                silent[chain] = silent.get(chain, 0) + 1
-            patience = SILENT * PATIENT if self._is_here(key) else SILENT
-            if silent[chain] >= patience and chain not in mine.ended:
-                mine.ended[chain] = ChainView(chain, node_id_of(key), None, (), (), "its planner fell silent")
-
-        waiting = [(chain, key) for chain, key in mine.planners.items() if chain not in mine.ended]
-        await asyncio.gather(*(ask(chain, key) for chain, key in waiting))
+                    mine.told(chain, node, progress.steps)
+            if asked.is_silent and not was_silent:
+                mine.changed.set()
 
     def _counted_up(self, problem: str, mine: _Open, seconds: float) -> Solution:
-        views = tuple(mine.ended[chain] for chain in sorted(mine.ended))
+        views = []
+        for chain, one in sorted(mine.chains.items()):
+            if one.ended is not None:
+                views.append(one.ended)
+            elif one.is_silent and one.is_taken:
+                views.append(ChainView(chain, node_id_of(one.planner), None, (), (), "its planner fell silent"))
         said: dict[str, str] = {}
         ballots = []
         for view in views:
@@ -307,15 +337,16 @@ class Poser:
             ballots.append(Ballot(view.chain, form, view.weights))
         outcome = vote(ballots)
         answer = said[outcome.answer] if outcome.answer is not None else None
-        return Solution(problem, answer, outcome.support, views, seconds)
+        return Solution(problem, answer, outcome.support, tuple(views), seconds)
 
     async def _take_result(self, request: Request) -> bytes:
         found = decode(request.body, ChainResult, max_bytes=MAX_BYTES)
         mine = self._open.get(found.problem)
-        if mine is None or mine.planners.get(found.chain) != request.sender_key or found.chain in mine.ended:
+        asked = mine.chains.get(found.chain) if mine is not None else None
+        if mine is None or asked is None or asked.planner != request.sender_key or asked.ended is not None:
             return b""
         executors, weights, tokens = self._weighed(found)
-        mine.ended[found.chain] = ChainView(
+        asked.ended = ChainView(
             found.chain,
             request.sender,
             found.answer,

@@ -17,8 +17,8 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from shoal.agents.collective.patience import Asking
 from shoal.errors import NetworkError, RecordError, StorageError
-from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
 from shoal.protocol.codec import decode, encode, read_jsonl, to_json
@@ -77,8 +77,9 @@ class Sharing:
         peers: public keys of the other agents that are here.
     """
 
-    def __init__(self, fabric: Fabric, ledger: Ledger, peers: Callable[[], Sequence[bytes]], every_s: float) -> None:
-        self._fabric = fabric
+    def __init__(self, asking: Asking, ledger: Ledger, peers: Callable[[], Sequence[bytes]], every_s: float) -> None:
+        self._asking = asking
+        self._fabric = asking.fabric
         self._ledger = ledger
         self._peers = peers
         self._every_s = every_s
@@ -101,8 +102,14 @@ class Sharing:
         try:
             for _ in range(ROUND_PAGES):
                 body = encode(self._ledger.heads())
+                limit_s = self._asking.patience.limit_s(ASK_S)  # A page takes longer than other answers: not counted.
                 answer = await self._fabric.request(
-                    ledger_key(node_id_of(key)), body, ASK_S, to=key, max_reply_bytes=MAX_PAGE_BYTES, absent_grace_s=0.2
+                    ledger_key(node_id_of(key)),
+                    body,
+                    limit_s,
+                    to=key,
+                    max_reply_bytes=MAX_PAGE_BYTES,
+                    absent_grace_s=0.2,
                 )
                 page = decode(answer, LedgerPage, max_bytes=MAX_PAGE_BYTES)
                 taken = self._ledger.take(page)

@@ -185,10 +185,12 @@ class RemoteDecoder(Decoder):
 
         def land() -> Passed | None:
             try:
-                return self._wait(ring, step, done, depths)
+                passed = self._wait(ring, step, done, depths)
             except RingBroken:
                 self._epoch = 0
                 return None
+            # It came from stages that have been replaced since: later steps went to others, which know nothing of it.
+            return passed if self._epoch == ring.epoch else None
 
         def void() -> None:
             ring.drop(step)

@@ -282,6 +282,7 @@ class Speculation:
                 self.drafted += depth
                 self.accepted += len(nodes)
         for at in others:
+            self._refute(places[at].sequence, None)
             if passed.features_BTF is not None:
                 self._drafting.observed(places[at].sequence, passed.features_BTF[at, :1])
         self._drop_refuted()
@@ -297,14 +298,14 @@ class Speculation:
             logits,
         )
 
-    def _refute(self, sequence: Sequence, verdict: Verdict) -> None:
-        """Of what is in flight for a sequence, all falls with the first guess that was wrong."""
-        length = len(sequence.ids) + len(verdict.tokens)
+    def _refute(self, sequence: Sequence, verdict: Verdict | None) -> None:
+        """Of what is in flight for a sequence, all falls with the first guess that was wrong, or is not known yet."""
+        length = len(sequence.ids) + len(verdict.tokens) if verdict is not None else 0
         for frame in self._frames:
             place = next(p for p in frame.places if p.sequence is sequence)
             if place.refuted:
                 continue
-            if place.length == length and place.root == verdict.tokens[-1]:
+            if verdict is not None and place.length == length and place.root == verdict.tokens[-1]:
                 return
             place.refuted = True
 

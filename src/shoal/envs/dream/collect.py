@@ -9,6 +9,7 @@ record.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from random import Random
@@ -41,6 +42,11 @@ PolicyName = Literal["reference", "random", "model"]
 MAX_MOMENTS = 1000
 STOP_SHARE, BACK_SHARE = 0.03, 0.05
 """How often the random policy stops, and goes back."""
+IDLE_SHARE = 0.1
+"""How often it acts on any element at all, such as a heading, and not on one that is there to be acted on."""
+ACTIVE_ROLES = frozenset({"link", "button", "checkbox", "radio", "tab", "menuitem", *TEXT_ROLES, *LIST_ROLES})
+NAMES = re.compile(r"(?:[A-Z]\w*|\d+)(?: (?:[A-Z]\w*|\d+))*")
+"""What an instruction calls by name: runs of capitalised words and numbers."""
 
 
 class Moment(Record, frozen=True):
@@ -178,20 +184,24 @@ class _Chooser:
         return action
 
     def _random(self) -> Action:
-        """Any act on any element that is shown; words come from the instruction."""
+        """Any act on any element that is shown, mostly on one to be acted on; words come from the instruction."""
         rng, window, page = self._rng, self._env.shown, self._env.play.page
+        shown = set(window.ids)
+        nodes = [node for node in page.root.walk() if node.id in shown]
+        active = [node for node in nodes if node.role in ACTIVE_ROLES or "clickable" in node.states]
         drawn = rng.random()
-        if drawn < STOP_SHARE or not window.ids:
+        if drawn < STOP_SHARE or not nodes:
             return Stop()
         if drawn < STOP_SHARE + BACK_SHARE:
             return GoBack()
         if window.total > window.end - window.start and drawn > 1 - BACK_SHARE:
             return Scroll(rng.choice(("up", "down")))
-        node = page.find(rng.choice(window.ids))
-        assert node is not None, "what is shown is on the page"
+        node = rng.choice(active if active and rng.random() >= IDLE_SHARE else nodes)
         if node.role in LIST_ROLES and options_of(node):
             return Select(node.id, rng.choice(options_of(node)))
         if node.role in TEXT_ROLES:
-            words = [word for word in self._env.play.instruction.split() if word.isalnum()] or ["a"]
-            return Type(node.id, rng.choice(words), rng.random() < 0.5)
+            asked = self._env.play.instruction
+            words = [word for word in asked.split() if word.isalnum()] or ["a"]
+            names = NAMES.findall(asked) or words
+            return Type(node.id, rng.choice(names if rng.random() < 0.5 else words), rng.random() < 0.5)
         return Click(node.id)

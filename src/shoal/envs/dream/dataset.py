@@ -4,20 +4,25 @@ Each transition is a question for what an act changes, each episode two or three
 the end of one that succeeded; no had it stopped earlier, at the end of one that failed, and where the task was another.
 
 Invariants: pure, and the same for the same episodes; a question with its answer is there at most `MAX_COPIES` times,
-because what every page has in common would else be most of what is learnt.
+whatever task it came up in, and one answer to different questions at most `MAX_SAME` times: what every page has in
+common would else be most of what is learnt. A page that was come to twice is a part of the site, and is learnt from at
+least `MIN_SAME` times.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 from typing import Literal
 
 from shoal.envs.base import stable_int
 from shoal.envs.dream.collect import Collected
+from shoal.envs.dream.edit import FIELDS
 from shoal.envs.dream.prompt import Sight, act_words, done_question, next_answer, next_question
 from shoal.envs.dream.score import Atom, atoms
 from shoal.envs.web.actions import Action, ActionError, GoBack, Scroll, Stop, read_action, write_action
@@ -26,7 +31,9 @@ from shoal.errors import StorageError
 from shoal.protocol.codec import read_jsonl
 
 EPISODES = "episodes.jsonl"
-MAX_COPIES = 3
+MAX_COPIES, MIN_SAME, MAX_SAME = 3, 6, 16
+MAX_UNKNOWN = 12
+TASK_LINE = re.compile(r"\nTask: [^\n]*\n")
 UNCHANGED_SHARE = 0.1
 """Of the transitions that change nothing, so many are learnt from: the others say the same again."""
 
@@ -158,15 +165,46 @@ def told_acts(episode: Collected, number: int | None = None) -> list[str]:
     return told
 
 
+def balanced(examples: Iterable[Example]) -> list[Example]:
+    """Without what is there too often, and with more of what is there too seldom."""
+    kept = thinned(examples)
+    alike: dict[str, list[Example]] = {}
+    for one in kept:
+        if one.ask == "next":
+            alike.setdefault(one.completion, []).append(one)
+    for found in alike.values():
+        if 1 < len(found) < MIN_SAME:
+            kept += islice(cycle(found), MIN_SAME - len(found))
+    return kept
+
+
 def thinned(examples: Iterable[Example]) -> list[Example]:
-    """Without what is there too often."""
-    seen: Counter[Example] = Counter()
+    """Without what is there too often; the first ones stay."""
+    seen: Counter[tuple[str, str]] = Counter()
+    same: Counter[str] = Counter()
     kept = []
     for one in examples:
-        seen[one] += 1
-        if seen[one] <= MAX_COPIES:
+        changes = one.ask == "next"
+        asked = TASK_LINE.sub("\n", one.prompt, count=1) if changes else one.prompt
+        if seen[asked, one.completion] < MAX_COPIES and not (changes and same[one.completion] >= MAX_SAME):
+            seen[asked, one.completion] += 1
+            same[one.completion] += 1
             kept.append(one)
     return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """Transitions of one kind of task by one kind of act, some of whose atoms nothing tells."""
+
+    kind: str
+    act: str
+    title: str
+    """Of the page that it is done on, in one of them."""
+    unknown: int
+    transitions: int
+    atom: Atom
+    """One that nothing tells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,14 +216,16 @@ class Bound:
     """Share of the transitions whose every atom can be known."""
     edit_f1: float
     """Mean F1 of a prediction that has exactly the atoms that can be known."""
+    unknown: tuple[Unknown, ...]
+    """What cannot be known, the most frequent first; at most `MAX_UNKNOWN`."""
 
 
 def bound(known: Iterable[Move], asked: Sequence[Move]) -> Bound:
     """An upper bound on what can be predicted of `asked`.
 
     An atom can be known if it is about states alone, as focus and ticks are; if each of its words is in the question
-    (page, instruction, act); if the same act on a page of the same title led to that very atom before; or if most of
-    what the same act led to on any page had it.
+    (page, instruction, act); if the same act on a page of the same title led to that very atom before; if most of what
+    the same act led to on any page had it; or, of going back, if the page was like that when it was left.
     """
     here: dict[tuple[str, ...], set[Atom]] = {}
     anywhere: dict[tuple[str, ...], Counter[Atom]] = {}
@@ -196,28 +236,45 @@ def bound(known: Iterable[Move], asked: Sequence[Move]) -> Bound:
         anywhere.setdefault(act, Counter()).update(set(found))
         times[act] += 1
     whole, scores = 0, []
+    total: Counter[tuple[str, ...]] = Counter()
+    missed: dict[tuple[str, ...], list[tuple[str, Atom]]] = {}
     for move in asked:
         act, real = _act(move), atoms(move.before, move.after)
         read = set(_words(f"{move.instruction} {move.action} {move.before.text()}"))
         seen, often = here.get((move.before.title, *act), set()), anywhere.get(act, Counter())
-        hit = sum(
-            count
-            for atom, count in real.items()
-            if atom in seen
-            or 2 * often[atom] > times[act]
-            or (atom[0] == "set" and atom[2] == "states")
-            or set(_words(" ".join(atom[1:]))) <= read
-        )
-        whole += hit == real.total()
-        share = hit / real.total() if real else 1.0
+        if isinstance(move.action, GoBack) and move.back is not None:
+            seen = seen | set(atoms(move.before, move.back))
+        lost = [
+            atom
+            for atom in real.elements()
+            if not (
+                atom in seen
+                or 2 * often[atom] > times[act]
+                or (atom[0] == "set" and atom[2] == "states")
+                or set(_words(" ".join(part for part in atom[1:] if part not in FIELDS))) <= read
+            )
+        ]
+        total[move.kind, *act] += 1
+        if lost:
+            missed.setdefault((move.kind, *act), []).append((move.before.title, lost[0]))
+        whole += not lost
+        share = 1 - len(lost) / real.total() if real else 1.0
         scores.append(2 * share / (1 + share))
-    total = max(1, len(asked))
-    return Bound(len(asked), whole / total, sum(scores) / total)
+    worst = sorted(missed.items(), key=lambda one: (-len(one[1]), one[0]))[:MAX_UNKNOWN]
+    return Bound(
+        len(asked),
+        whole / max(1, len(asked)),
+        sum(scores) / max(1, len(asked)),
+        tuple(
+            Unknown(key[0], " ".join(filter(None, key[1:])), found[0][0], len(found), total[key], found[0][1])
+            for key, found in worst
+        ),
+    )
 
 
 def _act(move: Move) -> tuple[str, ...]:
     node = None if isinstance(move.action, GoBack | Scroll | Stop) else move.before.find(move.action.id)
-    return type(move.action).__name__, "" if node is None else f"{node.role} {node.name}"
+    return type(move.action).__name__.lower(), "" if node is None else f"{node.role} '{node.name}'"
 
 
 def _words(text: str) -> list[str]:

@@ -3,8 +3,9 @@
 An edit names an element by its id, the root by `root`, and a text, which has no id, by its parent and place: `12.3` is
 the child number 3 (from 0) of element 12, at the moment when the edit is applied.
 
-`load` says the same change as another document that takes the page's place, in which elements of the old page stand for
-themselves: what a link or a form leads to is briefer so.
+`load` says the same change as another document that takes the page's place, in which elements of the old page that have
+others below them stand for themselves (a menu in one line); what is a line by itself is written out, so that a document
+reads alike wherever it was come from.
 
 Invariants: `apply(diff(a, b), a) == b` for any two pages, and `apply((load(a, b),), a) == b` where there is a `load`;
 what `diff` gives has at most as many edits as the pages have nodes and fields, and never mentions what stays.
@@ -157,7 +158,7 @@ def load(before: Page, after: Page) -> Load | None:
     old = {node.id: node for node in before.root.walk() if node.id}
 
     def brief(node: Node) -> Node:
-        if node.id and old.get(node.id) == node:
+        if node.id and node.children and old.get(node.id) == node:
             return Node(role=KEEP, id=node.id)
         return replace(node, children=tuple(map(brief, node.children)))
 

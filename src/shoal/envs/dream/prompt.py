@@ -11,6 +11,7 @@
     The link 'Green Bowl' leads to 'Green Bowl'.                       the reason r
     load 'http://shop.test/product/3' 'Green Bowl'                     the change Δ (`script`)
         [5] keep ''
+        [10] heading 'Green Bowl'
         …
 
 A second question asks whether a task is done; its answer is yes or no.
@@ -38,7 +39,7 @@ MAX_NAME_CHARS = 48
 """Of a name inside a reason."""
 MAX_PAST_ACTS = 12
 """Acts that the second question tells, the newest ones."""
-MENU = "navigation"
+MENU, LINK = "navigation", "link"
 MAX_NAMED = 1000
 
 ASKED_NEXT = "What does the act change on the page?"
@@ -50,7 +51,9 @@ class Sight(EnvironmentSettings):
     """How much of a page a world model sees; kept beside the model, which has learnt it."""
 
     page_tokens: int = Field(default=288, ge=32, le=16_384)
-    """For acts that can lead to another page, about."""
+    """For acts that send a form, or whatever else can change the page, about."""
+    link_tokens: int = Field(default=96, ge=32, le=16_384)
+    """For a click on a link: what it leads to says more about it than what is around."""
     field_tokens: int = Field(default=96, ge=32, le=16_384)
     """For acts that only fill in a field."""
     done_tokens: int = Field(default=256, ge=32, le=16_384)
@@ -60,16 +63,19 @@ class Sight(EnvironmentSettings):
 def view(page: Page, around: str, budget_tokens: int) -> tuple[str, tuple[str, ...]]:
     """The lines nearest to element `around` (from the top where there is none), and the elements that they name.
 
-    The line that has the focus is always there, because whatever is acted on takes it; and so are menus.
+    The line that has the focus is always there, because whatever is acted on takes it; and so are menus, of whose links
+    none is shown but the one that is acted on.
     """
     lines: list[tuple[str, Node]] = []
 
+    def meant(node: Node) -> bool:
+        return any((one.id and one.id == around) or "focused" in one.states for one in node.walk())
+
     def enter(node: Node, depth: int) -> None:
         lines.append(("\t" * depth + node.line(), node))
-        if node.role == MENU and not any(one.id == around or "focused" in one.states for one in node.walk()):
-            return
         for child in node.children:
-            enter(child, depth + 1)
+            if node.role != MENU or meant(child):
+                enter(child, depth + 1)
 
     for child in page.root.children:
         enter(child, 1)
@@ -101,8 +107,12 @@ def next_question(instruction: str, page: Page, action: Action, sight: Sight) ->
     """The question for the change, and the elements that its answer may name: the page's, or where these are too many
     for a grammar, those that the question shows."""
     around = "" if isinstance(action, Scroll | GoBack | Stop) else action.id
-    fills = isinstance(action, Select) or (isinstance(action, Type) and not action.enter)
-    shown, ids = view(page, around, sight.field_tokens if fills else sight.page_tokens)
+    budget_tokens = sight.page_tokens
+    if isinstance(action, Select) or (isinstance(action, Type) and not action.enter):
+        budget_tokens = sight.field_tokens
+    elif isinstance(action, Click) and (node := page.find(around)) is not None and node.role == LINK:
+        budget_tokens = sight.link_tokens
+    shown, ids = view(page, around, budget_tokens)
     asked = f"{shown}\nTask: {instruction}\nAct: {act_words(action, page)}\n{ASKED_NEXT}"
     every = tuple(node.id for node in page.root.walk() if node.id)
     return asked, every if len(every) <= MAX_NAMED else ids

@@ -11,7 +11,7 @@
 
     load 'http://shop.test/product/3' 'Green Bowl'
         [5] keep ''
-        [9] heading 'Green Bowl'
+        [10] heading 'Green Bowl'
 
 Nothing changed is `same`. Invariants: `read_script(write_script(s)) == s`; whatever the grammar lets through is a
 script, names no old element but those it was made for, gives new ones none but known roles and states, and stays on
@@ -48,6 +48,8 @@ from shoal.protocol.sampling import Grammar
 SAME = "same"
 MAX_SCRIPT_CHARS = 1 << 20
 MAX_INSERT_DEPTH = 8
+MUCH_LONGER = 2
+"""Times as long as its edits: then another document is said by edits all the same."""
 """How deep the grammar lets an inserted tree be."""
 MAX_WORDS_CHARS = 160
 """The grammar lets no longer text be written."""
@@ -74,11 +76,16 @@ _INSERT = re.compile(r"insert \[(root|[A-Za-z0-9]{1,16})\] ([0-9]{1,5})")
 
 
 def brief(before: Page, after: Page) -> Script:
-    """The change from one page to the other in fewer words: edits one by one, or another document."""
+    """The change from one page to the other as it is said best: edits one by one, or another document.
+
+    What has another address or title is another document unless that takes far more words; else fewer words decide.
+    """
     edits, whole = diff(before, after), load(before, after)
-    if whole is None or estimate_tokens(write_script(edits)) <= estimate_tokens(write_script((whole,))):
+    if whole is None:
         return edits
-    return (whole,)
+    another = (after.url.partition("#")[0], after.title) != (before.url.partition("#")[0], before.title)
+    words = estimate_tokens(write_script(edits)) * (MUCH_LONGER if another else 1)
+    return edits if words <= estimate_tokens(write_script((whole,))) else (whole,)
 
 
 def write_script(script: Sequence[Edit]) -> str:

@@ -45,7 +45,7 @@ HOLLOW = frozenset(
     listed(
         """none generic presentation GenericContainer paragraph Section MenuListPopup rowgroup LayoutTable
     LayoutTableRow LayoutTableCell strong emphasis superscript subscript mark time code DescriptionList term
-    definition Legend Pre listitem list"""
+    definition Legend Pre listitem list form"""
     )
 )
 """Roles that say nothing: a node is left out unless it has a name of its own or can be clicked."""
@@ -55,6 +55,8 @@ NAMED_BY_CONTENT = frozenset(
     )
 )
 
+CELL_ROLES = frozenset({"cell", "gridcell"})
+"""Left out where all that is in them is one element that says the same."""
 ANNOUNCING = frozenset({"status", "log", "alert"})
 """Left out while they announce nothing."""
 
@@ -159,7 +161,8 @@ def build_page(url: str, ax_nodes: Sequence[Mapping[str, Any]], numbering: Numbe
             return children
         if role in ANNOUNCING and not name and not children:
             return []
-        if role in HOLLOW and not clicks and [one.name for one in children] == [name]:
+        alike = [one.name for one in children] == [name]
+        if alike and not clicks and (role in HOLLOW or (role in CELL_ROLES and children[0].id)):
             return children
         if not re.fullmatch(ROLE, role):
             role = "generic"

@@ -35,7 +35,7 @@ class OnAccount(AdminTask):
 
 
 def cells(page: Page) -> list[str]:
-    """The cells of the table, row by row."""
+    """The cells of the table, row by row; not the names, which are links."""
     return [node.name for node in nodes(page, where=lambda node: node.role in ("cell", "gridcell"))]
 
 
@@ -48,7 +48,7 @@ class RoleOf(AdminTask):
 
     def solve(self, page: Page, p: Params) -> Policy:
         page = yield Type(one(page, "textbox", "Name"), p["name"], enter=True)
-        yield Stop(cells(page)[1])
+        yield Stop(cells(page)[0])
 
 
 class MailOf(OnAccount):
@@ -197,7 +197,8 @@ class PromoteBusiest(AdminTask):
 
     def solve(self, page: Page, p: Params) -> Policy:
         page = yield Click(one(page, "link", "By logins"))
-        page = yield Click(one(page, "link", cells(page)[0]))
+        table = nodes(page, "table")[0]
+        page = yield Click(next(node.id for node in table.walk() if node.role == "link"))
         page = yield Select(one(page, "combobox", "Role"), p["role"])
         yield Click(one(page, "button", "Save"))
 

@@ -51,6 +51,7 @@ class Slot:
 class Booking(Site):
     host = "booking.test"
     title = "Booking Desk"
+    personal = True
     menu = {"/": "Services", "/mine": "My bookings", "/contact": "Contact", "/profile": "Profile"}
 
     def fill(self, rng: Random, content: Random) -> None:

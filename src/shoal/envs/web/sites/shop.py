@@ -49,6 +49,7 @@ class Stock:
 class Shop(Site):
     host = "shop.test"
     title = "Corner Shop"
+    personal = True
     menu = {"/": "Home", "/basket": "Basket", "/wishes": "Wishes", "/orders": "Orders"}
 
     def fill(self, rng: Random, content: Random) -> None:

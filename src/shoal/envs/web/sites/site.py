@@ -15,9 +15,12 @@ from urllib.parse import parse_qs, quote
 
 from shoal.envs.base import stable_int
 from shoal.envs.web.gate import Request, Response
+from shoal.envs.web.sites.words import people
 
 MAX_FIELDS = 32
 MAX_FIELD_CHARS = 500
+NUM_VISITORS = 4
+"""Who comes back to a site that is about the same in every episode."""
 
 Form = Mapping[str, str]
 
@@ -32,23 +35,29 @@ class Site(ABC):
     Args:
         seed: of what differs from episode to episode.
         content: seed of what the site is about (its products, threads, articles, accounts). Absent: `seed`, so that
-            every episode has a site of its own; the same for all, and it is one site that many episodes visit.
+            every episode has a site of its own; the same for all, and it is one site that many episodes visit. Each
+            then is of one of its few visitors, who finds what they left behind, as it was.
     """
 
     host: ClassVar[str]
     title: ClassVar[str]
     menu: ClassVar[Mapping[str, str]]
     """Path -> words of the links that every page has."""
+    personal: ClassVar[bool] = False
+    """Pages depend on who visits; the menu says who does."""
 
     def __init__(self, seed: int, content: int | None = None) -> None:
         self.seed = seed
         self.content = content
         about = seed if content is None else content
-        self.fill(Random(stable_int("site", self.host, seed)), Random(stable_int("content", self.host, about)))
+        which = stable_int("visitor", self.host, seed) % NUM_VISITORS
+        left = ("site", self.host, seed) if content is None else ("left behind", self.host, content, which)
+        self.visitor = people(Random(stable_int("visitors", self.host, about)), NUM_VISITORS)[which]
+        self.fill(Random(stable_int(*left)), Random(stable_int("content", self.host, about)))
 
     @abstractmethod
     def fill(self, rng: Random, content: Random) -> None:
-        """Set the state that the two seeds stand for."""
+        """Set the state that the two seeds stand for: what the visitor left behind, and what the site is about."""
 
     @abstractmethod
     def state(self) -> Any:
@@ -88,9 +97,10 @@ class Site(ABC):
 
     def _page(self, title: str, body: str, status: int = 200) -> Response:
         links = " ".join(link(path, words) for path, words in self.menu.items())
+        who = f' aria-label="{escape(self.visitor)}"' if self.personal else ""
         html = (
             f"<!doctype html><html lang=en><head><meta charset=utf-8><title>{escape(title)}</title></head>"
-            f"<body><nav>{links}</nav><h1>{escape(title)}</h1>{body}</body></html>"
+            f"<body><nav{who}>{links}</nav><h1>{escape(title)}</h1>{body}</body></html>"
         )
         return Response(html.encode(), status)
 

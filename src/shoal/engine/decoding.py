@@ -1,0 +1,100 @@
+"""A decoder's layers for one new token a row, on a CPU: matrix products by torch, the rest by `kernels`.
+
+The same numbers as the general pass of `model`, which serves prompts, drafts and other devices: in fp32 to rounding;
+in bf16 with fewer roundings in between. Decoding spends half its time here, so this is worth a pass of its own.
+
+Invariant: reads and writes of row b's cache stay below position start[b] + 1; the caller has reserved it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache as once
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from shoal.engine.cache import KVCache
+
+if TYPE_CHECKING:
+    from shoal.engine.model import Architecture
+
+TYPES = (torch.bfloat16, torch.float32)
+
+
+class Layer(Protocol):
+    """What is used of a layer beside its matrices."""
+
+    norm1: Tensor
+    norm2: Tensor
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+def can_decode(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `decode` serves models of this type here."""
+    return device.type == "cpu" and dtype in TYPES
+
+
+@once
+def _kernels(group: int, dim: int) -> tuple[Callable[..., None], Callable[..., None], Callable[..., None]]:
+    # numba takes a third of a second to import, and only processes that decode need it.
+    from shoal.engine import kernels
+
+    return kernels.make_attend(group, dim), kernels.add_norm, kernels.gate
+
+
+def _array(x: Tensor) -> Any:
+    """The tensor's own memory, as the kernels take it."""
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+def decode(
+    arch: Architecture,
+    layers: Sequence[Layer],
+    project: Callable[[int, str, Tensor], Tensor],
+    hidden_B1H: Tensor,
+    start_B: Tensor,
+    angles: tuple[Tensor, Tensor],
+    cache: KVCache,
+    first_slot: int,
+    observe: Callable[[int, Tensor], None] | None,
+) -> Tensor:
+    """Hidden states [B, 1, H] behind the layers, before any final norm.
+
+    Args:
+        project: multiplies by the matrix of layer and name, adapters included.
+        angles: cosines and sines, [B, 1, 1, D] each.
+        observe: told the hidden states that enter each layer.
+    """
+    batch, inner, dim = hidden_B1H.shape[0], arch.intermediate_size, arch.head_dim
+    heads, kv_heads = arch.num_heads, arch.num_kv_heads
+    attend, add_norm, gate = _kernels(heads // kv_heads, dim)
+    scale, eps = np.float32(dim**-0.5), np.float32(arch.norm_eps)
+    starts = start_B.numpy()
+    cos, sin = (_array(angle.reshape(batch, dim)) for angle in angles)
+    # Whoever gave the hidden states, or observes them, may keep them.
+    hidden = hidden_B1H.reshape(batch, -1).clone(memory_format=torch.contiguous_format)
+    added = torch.zeros_like(hidden)
+    normed, mixed = torch.empty_like(hidden), hidden.new_empty(batch, heads, dim)
+    gated = hidden.new_empty(batch, inner)
+    hidden_, normed_, mixed_, gated_ = _array(hidden), _array(normed), _array(mixed), _array(gated)
+    for index, layer in enumerate(layers):
+        add_norm(hidden_, _array(added), _array(layer.norm1), eps, normed_)
+        if observe is not None:
+            observe(index, hidden[:, None].clone())
+        qkv = project(index, "qkv", normed[:, None]).view(batch, heads + 2 * kv_heads, dim)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            qkv[:, :heads] = F.rms_norm(qkv[:, :heads], (dim,), layer.q_norm, arch.norm_eps)
+            keys_of = slice(heads, heads + kv_heads)
+            qkv[:, keys_of] = F.rms_norm(qkv[:, keys_of], (dim,), layer.k_norm, arch.norm_eps)
+        keys, values = cache.rows_of(index, first_slot, batch)
+        attend(_array(qkv), cos, sin, _array(keys), _array(values), starts, scale, mixed_)
+        added = project(index, "out", mixed.view(batch, 1, heads * dim)).view(batch, -1)
+        add_norm(hidden_, _array(added), _array(layer.norm2), eps, normed_)
+        gate(_array(project(index, "gate_up", normed[:, None]).view(batch, 2 * inner)), gated_)
+        added = project(index, "down", gated[:, None]).view(batch, -1)
+    return (hidden + added)[:, None]

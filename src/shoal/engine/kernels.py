@@ -1,0 +1,201 @@
+"""What lies between a decoder's matrix products when each row has one new token, on a CPU: compiled, one call each.
+
+torch needs some thirty calls a layer for it, reads keys at a fifth of the memory's speed where three queries share
+them, and reads every row to the longest one's end. `shoal bench kernels` times both. Compiled by numba at first use
+(seconds), then kept on disk.
+
+    attend      q, k = rotate(q, k);  cache[position] = k, v;  out = softmax(q K^T / sqrt(D)) V
+    add_norm    h = h + x;            out = h / sqrt(mean(h^2) + eps) * w
+    gate        out = g / (1 + exp(-g)) * u
+
+Computed in fp32 inside, rounded once to the arrays' own type; a row's result depends on that row alone. Arrays of
+bfloat16 are handed over as their bits (uint16).
+
+Invariant: NaN in a row of the input gives NaN in that row of the result.
+
+Shapes: B rows, N query heads, K key-value heads, D head size, H hidden size, I inner size, C cached positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.core.errors import NumbaError
+from numba.extending import intrinsic
+
+FAST = {"reassoc", "nsz", "contract", "arcp"}
+"""Sums in any order, products and sums as one; numbers that are none stay what they are."""
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """The function, compiled at its first call; kept on disk where a folder for that can be written."""
+    options = {"nogil": True, "fastmath": FAST, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except (NumbaError, RuntimeError):
+        return njit(**options)(function)
+
+
+@intrinsic
+def _wide(typing: Any, x: Any) -> Any:
+    """An array's element as fp32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if x == types.float32:
+            return args[0]
+        bits = builder.zext(args[0], context.get_value_type(types.uint32))
+        shifted = builder.shl(bits, context.get_constant(types.uint32, 16))
+        return builder.bitcast(shifted, context.get_value_type(types.float32))
+
+    return (types.float32(x), generate) if x in (types.float32, types.uint16) else None
+
+
+@intrinsic
+def _narrow(typing: Any, x: Any, like: Any) -> Any:
+    """An fp32 number as an element of the array that `like` is of; halves go to the even neighbour."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if like == types.float32:
+            return args[0]
+        word = context.get_value_type(types.uint32)
+        bits = builder.bitcast(args[0], word)
+        sixteen, one = context.get_constant(types.uint32, 16), context.get_constant(types.uint32, 1)
+        odd = builder.and_(builder.lshr(bits, sixteen), one)
+        rounded = builder.add(builder.add(bits, context.get_constant(types.uint32, 0x7FFF)), odd)
+        return builder.trunc(builder.lshr(rounded, sixteen), context.get_value_type(types.uint16))
+
+    return (like(types.float32, like), generate) if x == types.float32 else None
+
+
+@intrinsic
+def _power_of_two(typing: Any, n: Any) -> Any:
+    """2^n as fp32, for a whole number n in -126…127."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bias, places = context.get_constant(types.int32, 127), context.get_constant(types.int32, 23)
+        bits = builder.shl(builder.add(args[0], bias), places)
+        return builder.bitcast(bits, context.get_value_type(types.float32))
+
+    return (types.float32(types.int32), generate) if n == types.int32 else None
+
+
+@njit(inline="always")
+def _exp(x: Any) -> Any:
+    """e^x in fp32, to 2e-7 of itself where -87 <= x <= 88, by Cephes' polynomial; beyond, as at the ends."""
+    if x < np.float32(-87):
+        x = np.float32(-87)
+    if x > np.float32(88):
+        x = np.float32(88)
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    return (p * r * r + r + np.float32(1)) * _power_of_two(np.int32(n))
+
+
+def make_attend(group: int, dim: int) -> Callable[..., None]:
+    """Attention for models with N = group x K query heads of size `dim`.
+
+    The result is called with (qkv [B, N + 2K, D], cos [B, D], sin [B, D] (signed, as `rotary` gives it), keys and
+    values [B, K, C, D], start [B] int64, scale, out [B, N, D]). Position start[b] of `keys` and `values` is written.
+    """
+    half = dim // 2
+
+    def attend(qkv, cos, sin, keys, values, start, scale, out):  # type: ignore[no-untyped-def]
+        num_kv = keys.shape[1]
+        q = np.empty((group, dim), np.float32)
+        mixed = np.empty((group, dim), np.float32)
+        weights = np.empty((group, start.max() + 1), np.float32)
+        for b in range(qkv.shape[0]):
+            last = start[b]
+            length = last + 1
+            for head in range(num_kv):
+                k, v = keys[b, head], values[b, head]
+                new_k, new_v = qkv[b, num_kv * group + head], qkv[b, num_kv * (group + 1) + head]
+                for d in range(half):
+                    low, high = _wide(new_k[d]), _wide(new_k[d + half])
+                    k[last, d] = _narrow(low * _wide(cos[b, d]) + high * _wide(sin[b, d]), k[0, 0])
+                    k[last, d + half] = _narrow(high * _wide(cos[b, d + half]) + low * _wide(sin[b, d + half]), k[0, 0])
+                for d in range(dim):
+                    v[last, d] = new_v[d]
+                for g in range(group):
+                    x = qkv[b, head * group + g]
+                    for d in range(half):
+                        low, high = _wide(x[d]), _wide(x[d + half])
+                        q[g, d] = (low * _wide(cos[b, d]) + high * _wide(sin[b, d])) * scale
+                        q[g, d + half] = (high * _wide(cos[b, d + half]) + low * _wide(sin[b, d + half])) * scale
+                for at in range(length):
+                    row = k[at]
+                    for g in range(group):
+                        score = np.float32(0)
+                        for d in range(dim):
+                            score += q[g, d] * _wide(row[d])
+                        weights[g, at] = score
+                for g in range(group):
+                    top = weights[g, 0]
+                    for at in range(1, length):
+                        top = max(top, weights[g, at])
+                    total = np.float32(0)
+                    for at in range(length):
+                        weight = _exp(weights[g, at] - top)
+                        weights[g, at] = weight
+                        total += weight
+                    share = np.float32(1) / total
+                    for at in range(length):
+                        weights[g, at] *= share
+                    for d in range(dim):
+                        mixed[g, d] = 0
+                fours = length - length % 4
+                for at in range(0, fours, 4):
+                    v0, v1, v2, v3 = v[at], v[at + 1], v[at + 2], v[at + 3]
+                    for d in range(dim):
+                        x0, x1, x2, x3 = _wide(v0[d]), _wide(v1[d]), _wide(v2[d]), _wide(v3[d])
+                        for g in range(group):
+                            mixed[g, d] += (
+                                weights[g, at] * x0
+                                + weights[g, at + 1] * x1
+                                + weights[g, at + 2] * x2
+                                + weights[g, at + 3] * x3
+                            )
+                for at in range(fours, length):
+                    for g in range(group):
+                        for d in range(dim):
+                            mixed[g, d] += weights[g, at] * _wide(v[at, d])
+                for g in range(group):
+                    for d in range(dim):
+                        out[b, head * group + g, d] = _narrow(mixed[g, d], out[0, 0, 0])
+
+    compiled: Callable[..., None] = _compiled(attend)
+    return compiled
+
+
+@_compiled
+def add_norm(hidden, x, weight, eps, out):  # type: ignore[no-untyped-def]
+    """Add x [B, H] to `hidden` [B, H], rounded to its type, and write its RMS norm to `out`."""
+    size = hidden.shape[1]
+    for b in range(hidden.shape[0]):
+        squares = np.float32(0)
+        for i in range(size):
+            total = _narrow(_wide(hidden[b, i]) + _wide(x[b, i]), hidden[0, 0])
+            hidden[b, i] = total
+            squares += _wide(total) * _wide(total)
+        scale = np.float32(1) / np.sqrt(squares / np.float32(size) + eps)
+        for i in range(size):
+            out[b, i] = _narrow(_wide(hidden[b, i]) * scale * _wide(weight[i]), out[0, 0])
+
+
+@_compiled
+def gate(gate_up, out):  # type: ignore[no-untyped-def]
+    """silu(g) u of gate_up [B, 2I], g first, into `out` [B, I]."""
+    size = out.shape[1]
+    for b in range(out.shape[0]):
+        for i in range(size):
+            g = _wide(gate_up[b, i])
+            out[b, i] = _narrow(g / (np.float32(1) + _exp(-g)) * _wide(gate_up[b, size + i]), out[0, 0])
