@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
@@ -30,7 +31,10 @@ def engine(tiny_model: Path) -> Iterator[shoal.Engine]:
 
 
 @pytest.fixture
-def config(tiny_model: Path, tmp_path: Path) -> Path:
+def config(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny run; its processes find its environment."""
+    tests = str(Path(__file__).parents[1])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([tests, os.environ["PYTHONPATH"]]))
     return write_config(tmp_path / "tiny.toml", tiny_config(tiny_model, tmp_path / "runs"))
 
 
@@ -163,7 +167,7 @@ def test_a_run_is_started_watched_stopped_and_resumed(config: Path, tmp_path: Pa
             with pytest.raises(RunError):
                 run.summary  # noqa: B018
         assert {"learner", "local-0"} <= {node.name for node in run.swarm.nodes()}
-        assert run.swarm.logs("learner")
+        assert run.swarm.logs("local-0")
         guest = shoal.Swarm(run.swarm.invite(["observer"], uses=1))
         assert guest.status().steps == 40
         shoal.Run(run.path).stop(PATIENCE_S)

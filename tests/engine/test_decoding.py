@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.engine import kernels
-from shoal.engine.decoding import _array
+from shoal.engine.decoding import as_array
 from shoal.engine.features import Features
 from shoal.engine.model import attend
 from shoal.engine.rotary import rotate
@@ -46,8 +46,8 @@ def attended(dtype: torch.dtype, starts: list[int], capacity: int, seed: int) ->
     wanted = attend(q, wanted_keys, wanted_values, bias).view(batch, HEADS, DIM)
     out = torch.empty(batch, HEADS, DIM, dtype=dtype)
     ATTEND(
-        _array(qkv), _array(cos), _array(sin), _array(keys), _array(values),
-        start.numpy(), np.float32(DIM**-0.5), _array(out),
+        as_array(qkv), as_array(cos), as_array(sin), as_array(keys), as_array(values),
+        start.numpy(), np.float32(DIM**-0.5), as_array(out),
     )  # fmt: skip
     differ = torch.cat((keys.float() - wanted_keys, values.float() - wanted_values), dim=1)
     return out.float(), wanted, differ
@@ -71,12 +71,12 @@ def test_norm_and_gate_are_those_of_torch(dtype: torch.dtype, batch: int, size: 
     total = hidden + x
     wanted = F.rms_norm(total.float(), (size,), weight.float(), 1e-5)
     out = torch.empty_like(hidden)
-    kernels.add_norm(_array(hidden), _array(x), _array(weight), np.float32(1e-5), _array(out))
+    kernels.add_norm(as_array(hidden), as_array(x), as_array(weight), np.float32(1e-5), as_array(out))
     assert torch.equal(hidden, total)
     torch.testing.assert_close(out.float(), wanted, rtol=ROUNDINGS[dtype], atol=1e-5)
     gate_up = torch.randn(batch, 2 * size).mul_(scale).to(dtype)
     gated = torch.empty(batch, size, dtype=dtype)
-    kernels.gate(_array(gate_up), _array(gated))
+    kernels.gate(as_array(gate_up), as_array(gated))
     gate, up = gate_up.float().chunk(2, dim=-1)
     torch.testing.assert_close(gated.float(), F.silu(gate) * up, rtol=ROUNDINGS[dtype], atol=1e-6)
 
@@ -93,19 +93,19 @@ def test_a_row_that_is_no_number_stays_so_and_alone(dtype: torch.dtype) -> None:
     hidden = torch.ones(2, 16, dtype=dtype)
     hidden[1, 3] = math.nan
     out = torch.empty_like(hidden)
-    kernels.add_norm(_array(hidden), _array(torch.zeros_like(hidden)), _array(torch.ones(16, dtype=dtype)),
-                     np.float32(1e-5), _array(out))  # fmt: skip
+    kernels.add_norm(as_array(hidden), as_array(torch.zeros_like(hidden)), as_array(torch.ones(16, dtype=dtype)),
+                     np.float32(1e-5), as_array(out))  # fmt: skip
     assert out[0].isfinite().all() and out[1].isnan().all()
     gated = torch.empty(2, 8, dtype=dtype)
-    kernels.gate(_array(hidden), _array(gated))
+    kernels.gate(as_array(hidden), as_array(gated))
     assert gated[0].isfinite().all() and gated[1, 3].isnan()
     qkv = torch.ones(2, HEADS + 2 * KV_HEADS, DIM, dtype=dtype)
     qkv[1] = math.nan
     flat, store = torch.ones(2, DIM, dtype=dtype), torch.zeros(2, 2, KV_HEADS, 8, DIM, dtype=dtype)
     mixed = torch.empty(2, HEADS, DIM, dtype=dtype)
     ATTEND(
-        _array(qkv), _array(flat), _array(flat), _array(store[0]), _array(store[1]),
-        np.array([3, 3]), np.float32(1), _array(mixed),
+        as_array(qkv), as_array(flat), as_array(flat), as_array(store[0]), as_array(store[1]),
+        np.array([3, 3]), np.float32(1), as_array(mixed),
     )  # fmt: skip
     assert mixed[0].isfinite().all() and mixed[1].isnan().all()
 

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Said = str | Sequence[Message] | Sequence[Mapping[str, str]]
 """One question, or a conversation: messages, or `{"role": …, "content": …}`."""
 
+ANSWER_TOKENS = 512
+"""The longest answer where none was asked for."""
+
 
 class Engine:
     """A model in this process. Close it, or use it as a context.
@@ -76,7 +79,7 @@ class Engine:
         self,
         said: Said,
         *,
-        max_tokens: int = 256,
+        max_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
@@ -86,7 +89,7 @@ class Engine:
 
         Args:
             said: a question, or a conversation that ends with one.
-            max_tokens: longest answer.
+            max_tokens: longest answer; absent: what the context has left, at most `ANSWER_TOKENS`.
             temperature: 0 always takes the likeliest token.
             seed: of the sampling; absent: another one each time.
             stop: texts that end the answer.
@@ -103,15 +106,15 @@ class Engine:
         self,
         said: Sequence[Said],
         *,
-        max_tokens: int = 256,
+        max_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
         stop: Sequence[str] = (),
         schema: Mapping[str, Any] | None = None,
     ) -> list[Completion]:
         """Answers to many conversations, decoded together; arguments as `chat` takes them."""
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=seed, stop=tuple(stop))
-        requests = [self._request(one, params, schema) for one in said]
+        params = SamplingParams(temperature=temperature, seed=seed, stop=tuple(stop))
+        requests = [self._request(one, max_tokens, params, schema) for one in said]
 
         async def answers() -> list[Completion]:
             import asyncio
@@ -120,10 +123,9 @@ class Engine:
 
         return wait(answers())
 
-    def stream(self, said: Said, *, max_tokens: int = 256, temperature: float = 0.0) -> Iterator[str]:
+    def stream(self, said: Said, *, max_tokens: int | None = None, temperature: float = 0.0) -> Iterator[str]:
         """The answer's text in pieces, as they are drawn."""
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature)
-        pieces = self.local.stream(self._request(said, params, None))
+        pieces = self.local.stream(self._request(said, max_tokens, SamplingParams(temperature=temperature), None))
 
         async def following() -> str | None:
             return await anext(pieces, None)
@@ -131,11 +133,16 @@ class Engine:
         while (piece := wait(following())) is not None:
             yield piece
 
-    def _request(self, said: Said, params: SamplingParams, schema: Mapping[str, Any] | None) -> SampleRequest:
+    def _request(
+        self, said: Said, max_tokens: int | None, params: SamplingParams, schema: Mapping[str, Any] | None
+    ) -> SampleRequest:
         grammar = None
         if schema is not None:
             grammar = Grammar(kind="json_schema", text=msgspec.json.encode(dict(schema)).decode())
         prompt = self.tokenizer.prompt(_messages(said))
+        if max_tokens is None:
+            max_tokens = max(1, min(ANSWER_TOKENS, self.local.context_tokens - len(prompt)))
+        params = msgspec.structs.replace(params, max_tokens=max_tokens)
         request = SampleRequest(prompt_ids=tuple(prompt), params=params, grammar=grammar)
         request.check()
         return request

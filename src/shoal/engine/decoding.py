@@ -34,8 +34,8 @@ class Layer(Protocol):
     k_norm: Tensor | None
 
 
-def can_decode(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether `decode` serves models of this type here."""
+def has_kernels(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `kernels` compute with numbers of this type here."""
     return device.type == "cpu" and dtype in TYPES
 
 
@@ -47,8 +47,8 @@ def _kernels(group: int, dim: int) -> tuple[Callable[..., None], Callable[..., N
     return kernels.make_attend(group, dim), kernels.add_norm, kernels.gate
 
 
-def _array(x: Tensor) -> Any:
-    """The tensor's own memory, as the kernels take it."""
+def as_array(x: Tensor) -> Any:
+    """The tensor's own memory, as the kernels take it: bfloat16 as its bits."""
     return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
@@ -75,15 +75,15 @@ def decode(
     attend, add_norm, gate = _kernels(heads // kv_heads, dim)
     scale, eps = np.float32(dim**-0.5), np.float32(arch.norm_eps)
     starts = start_B.numpy()
-    cos, sin = (_array(angle.reshape(batch, dim)) for angle in angles)
+    cos, sin = (as_array(angle.reshape(batch, dim)) for angle in angles)
     # Whoever gave the hidden states, or observes them, may keep them.
     hidden = hidden_B1H.reshape(batch, -1).clone(memory_format=torch.contiguous_format)
     added = torch.zeros_like(hidden)
     normed, mixed = torch.empty_like(hidden), hidden.new_empty(batch, heads, dim)
     gated = hidden.new_empty(batch, inner)
-    hidden_, normed_, mixed_, gated_ = _array(hidden), _array(normed), _array(mixed), _array(gated)
+    hidden_, normed_, mixed_, gated_ = as_array(hidden), as_array(normed), as_array(mixed), as_array(gated)
     for index, layer in enumerate(layers):
-        add_norm(hidden_, _array(added), _array(layer.norm1), eps, normed_)
+        add_norm(hidden_, as_array(added), as_array(layer.norm1), eps, normed_)
         if observe is not None:
             observe(index, hidden[:, None].clone())
         qkv = project(index, "qkv", normed[:, None]).view(batch, heads + 2 * kv_heads, dim)
@@ -92,9 +92,9 @@ def decode(
             keys_of = slice(heads, heads + kv_heads)
             qkv[:, keys_of] = F.rms_norm(qkv[:, keys_of], (dim,), layer.k_norm, arch.norm_eps)
         keys, values = cache.rows_of(index, first_slot, batch)
-        attend(_array(qkv), cos, sin, _array(keys), _array(values), starts, scale, mixed_)
+        attend(as_array(qkv), cos, sin, as_array(keys), as_array(values), starts, scale, mixed_)
         added = project(index, "out", mixed.view(batch, 1, heads * dim)).view(batch, -1)
-        add_norm(hidden_, _array(added), _array(layer.norm2), eps, normed_)
-        gate(_array(project(index, "gate_up", normed[:, None]).view(batch, 2 * inner)), gated_)
+        add_norm(hidden_, as_array(added), as_array(layer.norm2), eps, normed_)
+        gate(as_array(project(index, "gate_up", normed[:, None]).view(batch, 2 * inner)), gated_)
         added = project(index, "down", gated[:, None]).view(batch, -1)
     return (hidden + added)[:, None]

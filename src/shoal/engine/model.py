@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.engine.cache import KVCache
-from shoal.engine.decoding import can_decode, decode
+from shoal.engine.decoding import decode, has_kernels
 from shoal.engine.features import Features, Passed
 from shoal.engine.linear import Linear, can_pack
 from shoal.engine.lora import Adapter, grouped
@@ -194,7 +194,7 @@ class Decoder:
         self._norm = torch.empty(arch.hidden_size, dtype=dtype, device=device) if part.norms else None
         self._numbers = range(arch.num_layers)[part.first : part.last]
         self._layers = [_Layer(arch, dtype, device, make) for _ in self._numbers]
-        self._decodes = can_decode(dtype, device)
+        self._decodes = has_kernels(dtype, device)
         self._rotary = Rotary(config, arch.head_dim, device)
         self._shapes = self._all_shapes()
 

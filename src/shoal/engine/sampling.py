@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from shoal.engine.decoding import as_array, has_kernels
 from shoal.engine.shaping import Shaper
 from shoal.protocol.sampling import SamplingParams
 
@@ -51,6 +52,11 @@ def sample(
     """
     ids, logprobs = [0] * len(params), [0.0] * len(params)
     rest = list(range(len(params)))
+    if has_kernels(logits_BV.dtype, logits_BV.device):
+        plain = [r for r, p in enumerate(params) if (p.is_exact or not p.temperature) and not (shapers and shapers[r])]
+        for row, token, logprob in zip(plain, *_sample_plain(logits_BV, plain, params, uniforms), strict=True):
+            ids[row], logprobs[row] = token, logprob
+            rest.remove(row)
     if logits_BV.device.type == "cpu":
         for row, shaper in enumerate(shapers):
             if shaper is not None and (tokens := shaper.candidates(logits_BV.shape[-1])) is not None:
@@ -69,6 +75,27 @@ def sample(
         for row, token, logprob in zip(piece, found_ids.tolist(), found_logprobs.tolist(), strict=True):
             ids[row], logprobs[row] = token, logprob
     return ids, logprobs
+
+
+def _sample_plain(
+    logits_BV: Tensor, rows: Sequence[int], params: Sequence[SamplingParams], uniforms: Sequence[float]
+) -> tuple[list[int], list[float]]:
+    """As `sample` for rows that only have a temperature, without writing a number for every token."""
+    if not rows:
+        return [], []
+    from shoal.engine import kernels
+
+    chosen = logits_BV if len(rows) == len(params) else logits_BV[list(rows)]
+    temperatures = [params[row].temperature for row in rows]
+    ids, logprobs = np.empty(len(rows), np.int64), np.empty(len(rows))
+    kernels.draw(
+        as_array(chosen.contiguous()),
+        np.array([max(t, LOWEST_TEMPERATURE) if t else 0.0 for t in temperatures], np.float32),
+        np.array([uniforms[row] for row in rows]),
+        ids,
+        logprobs,
+    )
+    return ids.tolist(), logprobs.tolist()
 
 
 def _sample_among(tokens_C: Tensor, logits_V: Tensor, params: SamplingParams, uniform: float) -> tuple[int, float]:
