@@ -283,7 +283,7 @@ def draw(logits, temperatures, uniforms, ids, logprobs):  # type: ignore[no-unty
         top = _rank(np.int32(highest))
         greedy = temperatures[b] == 0
         share = np.float32(1) / (np.float32(1) if greedy else temperatures[b])
-        total = 0.0
+        total = np.float64(0)
         for block in range(blocks):
             weight = np.float32(0)
             for i in range(block * BLOCK, min(size, (block + 1) * BLOCK)):
@@ -299,7 +299,7 @@ def draw(logits, temperatures, uniforms, ids, logprobs):  # type: ignore[no-unty
             block = 0
             while block < blocks - 1 and not mass[block] > target:
                 block += 1
-            reached = mass[block - 1] if block else 0.0
+            reached = mass[block - 1] if block else np.float64(0)
             # The block's weight was summed in fp32 and may be a trifle more than that of its tokens: then its last
             # token that has any.
             for i in range(block * BLOCK, min(size, (block + 1) * BLOCK)):
