@@ -30,7 +30,7 @@ from _collective_answers import (
     table,
     together,
 )
-from _collective_training import MIXTURE, PLANNER, slug, train
+from _collective_training import MIXTURE, PLANNER, PROMPT, slug, train
 from shoal.agents.collective.answers import canonical, is_right
 from shoal.agents.collective.baselines import direct
 from shoal.agents.collective.experts import ExpertSettings, Opened
@@ -101,20 +101,22 @@ def settings_of(folder: Path, model: str) -> list[ExpertSettings]:
             model=model,
             lora=lora[slug(skill)],
             planner_lora=lora[PLANNER],
+            prompt=PROMPT,
             slots=SLOTS,
             temperature=ACTING_TEMPERATURE,
             max_tokens=24,
         )
         for skill in SKILLS
     ]
-    asked = [
-        ExpertSettings(name=f"alone-{slug(skill)}", model=model, lora=lora[slug(skill)], temperature=0.0, max_tokens=24)
-        for skill in SKILLS
+    directly = [
+        *((f"alone-{slug(skill)}", lora[slug(skill)], 0.0, 24) for skill in SKILLS),
+        ("mixture", lora[MIXTURE], 0.0, 24),
+        ("mixture-sampled", lora[MIXTURE], 0.7, 24),
+        ("base-sampled", "", 0.7, 64),
     ]
-    asked += [
-        ExpertSettings(name="mixture", model=model, lora=lora[MIXTURE], temperature=0.0, max_tokens=24),
-        ExpertSettings(name="mixture-sampled", model=model, lora=lora[MIXTURE], temperature=0.7, max_tokens=24),
-        ExpertSettings(name="base-sampled", model=model, temperature=0.7, max_tokens=64),
+    asked = [
+        ExpertSettings(name=name, model=model, lora=one, prompt=PROMPT, temperature=heat, max_tokens=most)
+        for name, one, heat, most in directly
     ]
     return [*brought, *asked]
 

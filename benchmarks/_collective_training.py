@@ -29,6 +29,9 @@ PLANNER, MIXTURE = "planner", "mixture"
 PLANNING_SHARE = 0.35
 """Chains in the planner's examples, of the examples that a skill has: each is five times as long."""
 
+PROMPT = "Reply with the result alone."
+"""What experts, the mixture and the untrained model are told: short, as most tokens of an exercise are its frame."""
+
 RANK, LR, BATCH = 16, 5e-4, 16
 
 
@@ -56,7 +59,7 @@ def train(folder: Path, given: argparse.Namespace) -> Rows:
 
 def exercises(skill: str, count: int) -> list[dict[str, Any]]:
     """A skill's examples."""
-    return [conversation("", *exercise(skill, "train", number)) for number in range(count)]
+    return [conversation(PROMPT, *exercise(skill, "train", number)) for number in range(count)]
 
 
 def chains(count: int) -> list[dict[str, Any]]:
@@ -73,7 +76,7 @@ def mixture(tokenizer: Tokenizer, skills: Sequence[dict[str, Any]], tokens: int)
     number = 0
     while left > 0:
         made = problem("train", number)
-        lines.append(conversation("", made.text, made.answer))
+        lines.append(conversation(PROMPT, made.text, made.answer))
         left -= tokens_of(tokenizer, lines[-1])
         number += 1
     return lines
@@ -81,9 +84,8 @@ def mixture(tokenizer: Tokenizer, skills: Sequence[dict[str, Any]], tokens: int)
 
 def conversation(system: str, asked: str, answer: str) -> dict[str, Any]:
     """One example of `shoal sft`."""
-    opening_words = [{"role": "system", "content": system}] if system else []
-    said = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-    return {"messages": [*opening_words, *said]}
+    said = [("system", system), ("user", asked), ("assistant", answer)]
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
 
 
 def tokens_of(tokenizer: Tokenizer, line: dict[str, Any]) -> int:

@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=10_000, help="With 30 %% of liars; other rows have a fifth.")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.3, 0.4], help="Of liars.")
     parser.add_argument("--folder", type=Path, help="Of `experts` and `table`: what is there is not made again.")
-    parser.add_argument("--train-examples", type=int, default=3000, help="Of each skill, of `experts`.")
+    parser.add_argument("--train-examples", type=int, default=2000, help="Of each skill, of `experts`.")
     parser.add_argument("--test-problems", type=int, default=300, help="Of `experts`, and of each task of `table`.")
     parser.add_argument("--model", default="embedded", help="Of `experts` and `table`.")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of `experts` and `table`.")

@@ -26,25 +26,28 @@ ATTEND = kernels.make_attend(GROUP, DIM)
 ROUNDINGS = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
-def attended(dtype: torch.dtype, starts: list[int], capacity: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def attended(
+    dtype: torch.dtype, starts: list[int], width: int, capacity: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """The kernel's result, torch's, and the kernel's cache less torch's."""
     torch.manual_seed(seed)
     batch = len(starts)
-    qkv = torch.randn(batch, HEADS + 2 * KV_HEADS, DIM).to(dtype)
-    angles = torch.randn(batch, DIM // 2)
+    qkv = torch.randn(batch, width, HEADS + 2 * KV_HEADS, DIM).to(dtype)
+    angles = torch.randn(batch, width, DIM // 2)
     cos = torch.cat((angles.cos(), angles.cos()), -1).to(dtype)
     sin = torch.cat((-angles.sin(), angles.sin()), -1).to(dtype)
     keys, values = torch.randn(2, batch, KV_HEADS, capacity, DIM).to(dtype).unbind()
     start = torch.tensor(starts)
     wanted_keys, wanted_values = keys.float(), values.float()
-    turned = rotate(qkv[:, None, : HEADS + KV_HEADS].float(), *(x[:, None, None].float() for x in (cos, sin)))
+    turned = rotate(qkv[:, :, : HEADS + KV_HEADS].float(), *(x[:, :, None].float() for x in (cos, sin)))
     q, k = turned.split((HEADS, KV_HEADS), dim=2)
     for row, at in enumerate(starts):
-        wanted_keys[row, :, at], wanted_values[row, :, at] = k[row, 0], qkv[row, HEADS + KV_HEADS :].float()
-    seen = torch.arange(capacity) <= start[:, None]
-    bias = torch.zeros(batch, 1, 1, capacity).masked_fill_(~seen[:, None, None], -math.inf)
-    wanted = attend(q, wanted_keys, wanted_values, bias).view(batch, HEADS, DIM)
-    out = torch.empty(batch, HEADS, DIM, dtype=dtype)
+        wanted_keys[row, :, at : at + width] = k[row].transpose(0, 1)
+        wanted_values[row, :, at : at + width] = qkv[row, :, HEADS + KV_HEADS :].float().transpose(0, 1)
+    seen = torch.arange(capacity) <= (start[:, None] + torch.arange(width))[..., None]
+    bias = torch.zeros(batch, 1, width, capacity).masked_fill_(~seen[:, None], -math.inf)
+    wanted = attend(q, wanted_keys, wanted_values, bias).view(batch, width, HEADS, DIM)
+    out = torch.empty(batch, width, HEADS, DIM, dtype=dtype)
     ATTEND(
         as_array(qkv), as_array(cos), as_array(sin), as_array(keys), as_array(values),
         start.numpy(), np.float32(DIM**-0.5), as_array(out),
@@ -55,11 +58,11 @@ def attended(dtype: torch.dtype, starts: list[int], capacity: int, seed: int) ->
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=40, deadline=None)
-@given(starts=st.lists(st.integers(0, 40), min_size=1, max_size=5), seed=st.integers(0, 1000))
-def test_attention_is_that_of_torch(dtype: torch.dtype, starts: list[int], seed: int) -> None:
-    found, wanted, differ = attended(dtype, starts, 41 + seed % 3, seed)
+@given(starts=st.lists(st.integers(0, 40), min_size=1, max_size=5), width=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_attention_is_that_of_torch(dtype: torch.dtype, starts: list[int], width: int, seed: int) -> None:
+    found, wanted, differ = attended(dtype, starts, width, 45 + seed % 3, seed)
     assert (found - wanted).abs().max() < ROUNDINGS[dtype]
-    assert differ.abs().max() < ROUNDINGS[dtype], "the new key and value are written, and nothing else"
+    assert differ.abs().max() < ROUNDINGS[dtype], "the new keys and values are written, and nothing else"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,10 +102,10 @@ def test_a_row_that_is_no_number_stays_so_and_alone(dtype: torch.dtype) -> None:
     gated = torch.empty(2, 8, dtype=dtype)
     kernels.gate(as_array(hidden), as_array(gated))
     assert gated[0].isfinite().all() and gated[1, 3].isnan()
-    qkv = torch.ones(2, HEADS + 2 * KV_HEADS, DIM, dtype=dtype)
+    qkv = torch.ones(2, 1, HEADS + 2 * KV_HEADS, DIM, dtype=dtype)
     qkv[1] = math.nan
-    flat, store = torch.ones(2, DIM, dtype=dtype), torch.zeros(2, 2, KV_HEADS, 8, DIM, dtype=dtype)
-    mixed = torch.empty(2, HEADS, DIM, dtype=dtype)
+    flat, store = torch.ones(2, 1, DIM, dtype=dtype), torch.zeros(2, 2, KV_HEADS, 8, DIM, dtype=dtype)
+    mixed = torch.empty(2, 1, HEADS, DIM, dtype=dtype)
     ATTEND(
         as_array(qkv), as_array(flat), as_array(flat), as_array(store[0]), as_array(store[1]),
         np.array([3, 3]), np.float32(1), as_array(mixed),
@@ -125,7 +128,7 @@ def test_a_model_decodes_as_its_general_pass_does(
         monkeypatch.setattr(decoder, "_decodes", compiled)
         cache = make_cache(decoder)
         cache.reserve(4, 32, 0)
-        decoder.forward(ids, torch.zeros(3, dtype=torch.int64), cache, first_slot=1)
+        decoder.forward(ids.repeat(1, 2), torch.zeros(3, dtype=torch.int64), cache, first_slot=1)
         seen = Features(tuple(range(len(decoder._layers))))
         hidden = [decoder.forward(ids[:, :1], lengths + step, cache, first_slot=1, observe=seen) for step in range(3)]
         found.append([*hidden, *seen.each()])

@@ -1,4 +1,4 @@
-"""What lies between and behind a decoder's matrix products when each row has one new token, on a CPU: compiled.
+"""What lies between and behind a decoder's matrix products when rows have one new token or a few, on a CPU: compiled.
 
 torch needs some thirty calls a layer for what are three here, reads keys at a fifth of the memory's speed where several
 queries share them, and reads every row to the longest one's end. `shoal bench kernels` times both. Compiled by numba at
@@ -14,8 +14,8 @@ bfloat16 are handed over as their bits (uint16).
 
 Invariant: NaN in a row of the input gives NaN in that row of the result.
 
-Shapes: B rows, N query heads, K key-value heads, D head size, H hidden size, I inner size, C cached positions, V
-vocabulary.
+Shapes: B rows, T new tokens a row, N query heads, K key-value heads, D head size, H hidden size, I inner size, C cached
+positions, V vocabulary; where tokens do not meet, B stands for B x T.
 """
 
 from __future__ import annotations
@@ -155,81 +155,83 @@ def _weight(x: Any) -> Any:
 def make_attend(group: int, dim: int) -> Callable[..., None]:
     """Attention for models with N = group x K query heads of size `dim`.
 
-    The result is called with (qkv [B, N + 2K, D], cos [B, D], sin [B, D] (signed, as `rotary` gives it), keys and
-    values [B, K, C, D], start [B] int64, scale, out [B, N, D]). Position start[b] of `keys` and `values` is written.
+    The result is called with (qkv [B, T, N + 2K, D], cos [B, T, D], sin [B, T, D] (signed, as `rotary` gives it), keys
+    and values [B, K, C, D], start [B] int64, scale, out [B, T, N, D]). Positions start[b] … start[b] + T - 1 of `keys`
+    and `values` are written; a token sees those up to its own.
     """
     half = dim // 2
 
     def attend(qkv, cos, sin, keys, values, start, scale, out):  # type: ignore[no-untyped-def]
-        num_kv = keys.shape[1]
+        batch, width, num_kv = qkv.shape[0], qkv.shape[1], keys.shape[1]
         q = np.empty((group, dim), np.float32)
         mixed = np.empty((group, dim), np.float32)
-        weights = np.empty((group, start.max() + 1), np.float32)
-        batch = qkv.shape[0]
+        weights = np.empty((group, start.max() + width), np.float32)
         for b in range(batch):
-            last = start[b]
-            length = last + 1
             for head in range(num_kv):
                 k, v = keys[b, head], values[b, head]
-                new_k, new_v = qkv[b, num_kv * group + head], qkv[b, num_kv * (group + 1) + head]
-                for d in range(half):
-                    low, high = _wide(new_k[d]), _wide(new_k[d + half])
-                    k[last, d] = _narrow(low * _wide(cos[b, d]) + high * _wide(sin[b, d]), k[0, 0])
-                    k[last, d + half] = _narrow(high * _wide(cos[b, d + half]) + low * _wide(sin[b, d + half]), k[0, 0])
-                for d in range(dim):
-                    v[last, d] = new_v[d]
-                for g in range(group):
-                    x = qkv[b, head * group + g]
-                    for d in range(half):
-                        low, high = _wide(x[d]), _wide(x[d + half])
-                        q[g, d] = (low * _wide(cos[b, d]) + high * _wide(sin[b, d])) * scale
-                        q[g, d + half] = (high * _wide(cos[b, d + half]) + low * _wide(sin[b, d + half])) * scale
-                for at in range(length):
-                    row = k[at]
-                    for line in range(0, dim, LINE):
-                        _fetch(v[at], line)
-                    for g in range(group):
-                        score = np.float32(0)
-                        for d in range(dim):
-                            score += q[g, d] * _wide(row[d])
-                        weights[g, at] = score
-                for g in range(group):
-                    highest = LOWEST
-                    for at in range(length):
-                        highest = max(highest, _rank(weights[g, at]))
-                    top = _rank(np.int32(highest))
-                    total = np.float32(0)
-                    for at in range(length):
-                        weight = _exp(weights[g, at] - top)
-                        weights[g, at] = weight
-                        total += weight
-                    share = np.float32(1) / total
-                    for at in range(length):
-                        weights[g, at] *= share
-                    for d in range(dim):
-                        mixed[g, d] = 0
-                fours = length - length % 4
                 after = keys[b, head + 1] if head + 1 < num_kv else keys[min(b + 1, batch - 1), 0]
-                for at in range(0, fours, 4):
-                    for line in range(0, 4 * dim, LINE):
-                        _fetch(after[at], line)
-                    v0, v1, v2, v3 = v[at], v[at + 1], v[at + 2], v[at + 3]
+                for t in range(width):
+                    here, c, s = start[b] + t, cos[b, t], sin[b, t]
+                    new_k, new_v = qkv[b, t, num_kv * group + head], qkv[b, t, num_kv * (group + 1) + head]
+                    for d in range(half):
+                        low, high = _wide(new_k[d]), _wide(new_k[d + half])
+                        k[here, d] = _narrow(low * _wide(c[d]) + high * _wide(s[d]), k[0, 0])
+                        k[here, d + half] = _narrow(high * _wide(c[d + half]) + low * _wide(s[d + half]), k[0, 0])
                     for d in range(dim):
-                        x0, x1, x2, x3 = _wide(v0[d]), _wide(v1[d]), _wide(v2[d]), _wide(v3[d])
+                        v[here, d] = new_v[d]
+                for t in range(width):
+                    length, c, s = start[b] + t + 1, cos[b, t], sin[b, t]
+                    for g in range(group):
+                        x = qkv[b, t, head * group + g]
+                        for d in range(half):
+                            low, high = _wide(x[d]), _wide(x[d + half])
+                            q[g, d] = (low * _wide(c[d]) + high * _wide(s[d])) * scale
+                            q[g, d + half] = (high * _wide(c[d + half]) + low * _wide(s[d + half])) * scale
+                    for at in range(length):
+                        row = k[at]
+                        for line in range(0, dim, LINE):
+                            _fetch(v[at], line)
                         for g in range(group):
-                            mixed[g, d] += (
-                                weights[g, at] * x0
-                                + weights[g, at + 1] * x1
-                                + weights[g, at + 2] * x2
-                                + weights[g, at + 3] * x3
-                            )
-                for at in range(fours, length):
+                            score = np.float32(0)
+                            for d in range(dim):
+                                score += q[g, d] * _wide(row[d])
+                            weights[g, at] = score
+                    for g in range(group):
+                        highest = LOWEST
+                        for at in range(length):
+                            highest = max(highest, _rank(weights[g, at]))
+                        top = _rank(np.int32(highest))
+                        total = np.float32(0)
+                        for at in range(length):
+                            weight = _exp(weights[g, at] - top)
+                            weights[g, at] = weight
+                            total += weight
+                        share = np.float32(1) / total
+                        for at in range(length):
+                            weights[g, at] *= share
+                        for d in range(dim):
+                            mixed[g, d] = 0
+                    fours = length - length % 4
+                    for at in range(0, fours, 4):
+                        for line in range(0, 4 * dim, LINE):
+                            _fetch(after[at], line)
+                        v0, v1, v2, v3 = v[at], v[at + 1], v[at + 2], v[at + 3]
+                        for d in range(dim):
+                            x0, x1, x2, x3 = _wide(v0[d]), _wide(v1[d]), _wide(v2[d]), _wide(v3[d])
+                            for g in range(group):
+                                mixed[g, d] += (
+                                    weights[g, at] * x0
+                                    + weights[g, at + 1] * x1
+                                    + weights[g, at + 2] * x2
+                                    + weights[g, at + 3] * x3
+                                )
+                    for at in range(fours, length):
+                        for g in range(group):
+                            for d in range(dim):
+                                mixed[g, d] += weights[g, at] * _wide(v[at, d])
                     for g in range(group):
                         for d in range(dim):
-                            mixed[g, d] += weights[g, at] * _wide(v[at, d])
-                for g in range(group):
-                    for d in range(dim):
-                        out[b, head * group + g, d] = _narrow(mixed[g, d], out[0, 0, 0])
+                            out[b, t, head * group + g, d] = _narrow(mixed[g, d], out[0, 0, 0, 0])
 
     compiled: Callable[..., None] = _compiled(attend)
     return compiled

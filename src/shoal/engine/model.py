@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from shoal.engine.cache import KVCache
-from shoal.engine.decoding import decode, has_kernels
+from shoal.engine.decoding import FEW, decode, has_kernels
 from shoal.engine.features import Features, Passed
 from shoal.engine.linear import Linear, can_pack
 from shoal.engine.lora import Adapter, grouped
@@ -296,9 +296,9 @@ class Decoder:
         if self.part.embeds:
             assert self._embedding is not None
             hidden = F.embedding(x_BT, self._embedding)
-        if width == 1 and self._decodes:
+        if self._decodes and width <= FEW and tree_BTT is None:
             hidden = decode(arch, self._layers, project, hidden, start_B, (cos, sin), cache, first_slot, observe)
-            return hidden if self._norm is None else F.rms_norm(hidden, (arch.hidden_size,), self._norm, arch.norm_eps)
+            return self._normed(hidden, at_B)
         # What nobody has reached is not read: decoding waits for memory. On a GPU, asking would take longer.
         reach = cache.capacity if self.device.type == "cuda" else int(start_B.max()) + width
         seen_B1TL = torch.arange(reach, device=self.device) <= slots_BT[:, None, :, None]
@@ -322,9 +322,14 @@ class Decoder:
             normed = F.rms_norm(hidden, (arch.hidden_size,), layer.norm2, arch.norm_eps)
             gate, up = project(index, "gate_up", normed).chunk(2, dim=-1)
             hidden = hidden + project(index, "down", F.silu(gate).mul_(up))
+        return self._normed(hidden, at_B)
+
+    def _normed(self, hidden: Tensor, at_B: Tensor | None) -> Tensor:
+        """What `forward` gives, of hidden states behind the layers."""
+        size = self.arch.hidden_size
         if at_B is not None:
-            hidden = hidden.gather(1, at_B[:, None, None].expand(-1, 1, arch.hidden_size))
-        return hidden if self._norm is None else F.rms_norm(hidden, (arch.hidden_size,), self._norm, arch.norm_eps)
+            hidden = hidden.gather(1, at_B[:, None, None].expand(-1, 1, size))
+        return hidden if self._norm is None else F.rms_norm(hidden, (size,), self._norm, self.arch.norm_eps)
 
     def launch(
         self,

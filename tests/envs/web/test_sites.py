@@ -111,5 +111,19 @@ def test_requests_without_sense_change_nothing(site: type[Shop]) -> None:
     assert repr(one.state()) == before
 
 
+@pytest.mark.parametrize(
+    "site", dict.fromkeys(template.site for template in TEMPLATES.values()), ids=lambda site: site.host
+)
+def test_a_form_is_answered_by_another_page_so_that_going_back_sends_none_again(site: type[Shop]) -> None:
+    one = site(3)
+    forms = ("/checkout", "/contact", "/new", "/new/cooking", "/book/0", "/product/0/add", "/settings")
+    sent = [one(Request("POST", site.host, path, "", b"count=99")) for path in forms]
+    refused = [response for response in sent if response.status == 303 and "/refused?" in response.location]
+    assert refused and all(response.status in (303, 404) for response in sent)
+    _, _, query = refused[0].location.partition("?")
+    shown = one(Request("GET", site.host, "/refused", query, b""))
+    assert shown.status == 200 and b"That did not work" in shown.body and len(shown.body) > 300
+
+
 def test_answers_are_compared_without_dress() -> None:
     assert same(" £ 15. ", "15") and same("Ada  Cole", "ada cole") and not same("15 or 16", "15")

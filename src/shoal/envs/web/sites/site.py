@@ -1,7 +1,8 @@
 """What the sites share: from a request to a page, and HTML written so that nothing in it is markup by accident.
 
 Invariants: a site's pages and state depend on its seeds and the requests alone; a request that makes no sense is
-answered by a page, and changes nothing; only POST changes state.
+answered by a page, and changes nothing; only POST changes state, and what answers it is another page to go to, so that
+going back never sends a form again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from random import Random
 from typing import Any, ClassVar
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, quote, urlencode
 
 from shoal.envs.base import stable_int
 from shoal.envs.web.gate import Request, Response
@@ -19,6 +20,8 @@ from shoal.envs.web.sites.words import people
 
 MAX_FIELDS = 32
 MAX_FIELD_CHARS = 500
+REFUSED = "refused"
+"""Path of the page that says why something was not done."""
 NUM_VISITORS = 4
 """Who comes back to a site that is about the same in every episode."""
 
@@ -86,9 +89,11 @@ class Site(ABC):
             try:
                 onward = self.submit(path, _fields(request.body.decode("utf-8", "replace")))
             except Refused as refused:
-                return self._page("That did not work", text(str(refused)), 400)
+                onward = f"/{REFUSED}?{urlencode({'why': str(refused)})}"
             if onward is not None:
                 return Response(status=303, location=onward)
+        elif path == [REFUSED]:
+            return self._page("That did not work", text(_fields(request.query).get("why", "")))
         else:
             found = self.show(path, _fields(request.query))
             if found is not None:
