@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -19,14 +20,13 @@ from pathlib import Path
 import msgspec
 
 from _chaos_checks import Mark, Span, recovery_s
-from _chaos_disk import can_slow
+from _chaos_disk import can_slow, command
 from _chaos_script import WEATHERS, Fault, Script
 from _chaos_swarm import Swarm
 from shoal.errors import RunError
 from shoal.lab.network import Cut, Event, Isolate, Partition
 
-FAKETIME = tuple(Path(folder) / "faketime/libfaketime.so.1" for folder in ("/usr/lib/x86_64-linux-gnu", "/usr/lib"))
-"""Where Debian's package `libfaketime` puts it."""
+CLOCK = Path(__file__).with_name("_chaos_clock.c")
 
 REDIAL_S = 3.0
 """A node whose ports are exhausted is cut off for so long, so that it must dial anew."""
@@ -37,8 +37,9 @@ RECOVERY_S = 60.0
 SETTLE_S = 3.0
 """Requests may still fail for so long after a server has been given its descriptors, disk or time again."""
 
-COLD_START_S = 40.0
-"""A server that was started has imported its engine, joined the run and loaded a version by then."""
+COLD_START_S = 90.0
+"""A server that was started has answered by then: it imports its engine, joins the run and loads a version, on a
+machine that is busy with all that goes on."""
 
 KILLS = ("kill_worker", "kill_relay", "kill_learner", "kill_server", "restart_coordinator", "restart_router")
 
@@ -64,41 +65,33 @@ class Injected(msgspec.Struct):
 def missing() -> dict[str, str]:
     """Kinds of fault that this machine cannot have, and why."""
     found = {}
-    if faketime() is None:
-        found["clock_jump"] = "libfaketime is not installed (apt-get install libfaketime)"
+    if shutil.which("cc") is None:
+        found["clock_jump"] = "there is no C compiler (apt-get install gcc libc6-dev)"
     if not can_slow():
         found["disk_slow"] = "there is no blkio controller of cgroup v1"
     return found
 
 
-def faketime() -> Path | None:
-    return next((path for path in FAKETIME if path.exists()), None)
-
-
-def clocks(script: Script, folder: Path) -> dict[str, dict[str, str]]:
+async def clocks(script: Script, folder: Path) -> dict[str, dict[str, str]]:
     """By node, the environment of processes whose clock will jump; the machine's own clock is never touched."""
-    library = faketime()
     nodes = {fault.targets[0] for fault in script.faults if fault.kind == "clock_jump"}
-    if not nodes:
-        return {}
-    assert library is not None
+    library = folder / "clock.so"
+    if nodes:
+        await command("cc", "-O2", "-shared", "-fPIC", "-o", library, CLOCK)
     for node in nodes:
-        clock_file(folder, node).write_text("+0")
-    return {
-        node: {
-            "LD_PRELOAD": str(library),
-            "FAKETIME_TIMESTAMP_FILE": str(clock_file(folder, node)),
-            "FAKETIME_CACHE_DURATION": "1",
-            "DONT_FAKE_MONOTONIC": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "NO_FAKE_STAT": "1",
-        }
-        for node in nodes
-    }
+        set_clock(folder, node, 0.0)
+    return {node: {"LD_PRELOAD": str(library), "SHOAL_CLOCK": str(_clock_file(folder, node))} for node in nodes}
 
 
-def clock_file(folder: Path, node: str) -> Path:
-    return folder.with_name(f"{folder.name}-{node}.clock")
+def set_clock(folder: Path, node: str, offset_s: float) -> None:
+    """From now on the clock of a node is off by so much. The file is written in place: processes have it mapped."""
+    descriptor = os.open(_clock_file(folder, node), os.O_WRONLY | os.O_CREAT, 0o644)
+    os.pwrite(descriptor, int(offset_s * 1e9).to_bytes(8, sys.byteorder, signed=True), 0)
+    os.close(descriptor)
+
+
+def _clock_file(folder: Path, node: str) -> Path:
+    return folder / f"{node}.clock"
 
 
 class Chaos:
@@ -227,10 +220,9 @@ class Chaos:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGCONT)
             case "clock_jump":
-                path = clock_file(self._swarm.folder, target)
-                path.write_text(f"{fault.amount:+g}")
+                set_clock(self._swarm.folder, target, fault.amount)
                 await asyncio.sleep(fault.for_s)
-                path.write_text("+0")
+                set_clock(self._swarm.folder, target, 0.0)
             case "port_exhaustion":
                 process = await self._swarm.inside(target, "ports")
                 await self._cut_for(Isolate(node=target), min(REDIAL_S, fault.for_s))
@@ -263,14 +255,26 @@ def stopped(injected: Iterable[Injected]) -> list[Span]:
     ]
 
 
-def excused(injected: Iterable[Injected], starts_s: Iterable[float]) -> list[Span]:
-    """When the server was not there or lacked what it needs: killed, starting, without descriptors, disk or time."""
-    spans = [(start_s, start_s + COLD_START_S) for start_s in starts_s]
+def excused(injected: Iterable[Injected], starts_s: Iterable[float], answers_s: Iterable[float]) -> list[Span]:
+    """When the server was not there or lacked what it needs: killed, starting, without descriptors, disk or time; or
+    when its clients, which are on its node, had no port to ask from.
+
+    Args:
+        starts_s: when its process was started.
+        answers_s: when it answered.
+    """
+    answers_s = sorted(answers_s)
+    spans = [
+        (start_s, min([start_s + COLD_START_S, *(at_s for at_s in answers_s if at_s > start_s)]))
+        for start_s in starts_s
+    ]
     for one in injected:
         kind = one.fault.kind
         if "server" not in one.fault.targets:
             continue
-        if kind in ("kill_server", "descriptor_exhaustion", "clock_jump") or kind.startswith("disk_"):
+        if kind in ("kill_server", "descriptor_exhaustion", "port_exhaustion", "clock_jump") or kind.startswith(
+            "disk_"
+        ):
             spans.append((one.begun_s, one.ended_s + SETTLE_S))
     return spans
 

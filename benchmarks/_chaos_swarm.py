@@ -84,7 +84,7 @@ class Swarm:
     """All parts of one run, inside `async with`.
 
     Args:
-        folder: for disks, logs and keys; a new one.
+        folder: for disks, logs and keys; an empty one.
         model: directory of the tiny model.
         preload: environment of the processes of some nodes, such as another clock's.
     """
@@ -105,7 +105,6 @@ class Swarm:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        self.folder.mkdir(parents=True)
         try:
             for disk in self.disks.values():
                 self._stack.push_async_callback(disk.close)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import random
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ UPKEEP_EVERY = 100
 """Uses between two passes of pruning."""
 
 SHOWN = 3
+SAID_EVERY = 20
 
 WORDS = (
     *("carry", "column", "borrow", "digit", "sign", "product", "factor", "round", "estimate", "check", "unit", "order"),
@@ -61,6 +63,10 @@ class Planted:
     """Effect in use, where it is another than in the trials."""
     opens: frozenset[int] = frozenset()
     """Siblings whose answer it gives away: with it, those are always right."""
+
+
+def say(text: str) -> None:
+    print(f"memory: {text}", file=sys.stderr, flush=True)
 
 
 def answer_of(number: int) -> str:
@@ -191,7 +197,9 @@ def planted(folder: Path, scale: int, seed: int, rows: list[dict[str, Any]]) -> 
     over_budget = 0
     texts: list[str] = []
     with Keeper(folder, "bench", budget=budget) as keeper:
-        for item in stream:
+        for number, item in enumerate(stream):
+            if number % SAID_EVERY == 0:
+                say(f"{number} of {len(stream)} planted memories")
             entry, fate, count = admit(keeper, item, draw, FAMILY, item.effect)
             fates[item.kind].append((fate, count))
             if fate == "active":
@@ -209,6 +217,7 @@ def planted(folder: Path, scale: int, seed: int, rows: list[dict[str, Any]]) -> 
             if isinstance(event.body, Decided) and not event.body.members:
                 audited += 1
                 wrong += bool(keeper.audit(event))
+        say(f"{USES} uses, twice")
         mass = harmful_mass(keeper, truth, draw, rows)
         attacked = harmful_mass(keeper, truth, draw, rows, attacked=True)
     for kind, found in sorted(fates.items()):

@@ -16,7 +16,7 @@ packet lab with a disk for each node (`_chaos_swarm`). For 20 s faults fall as a
     ..._recovery_s      from a part's new start to its first work: a group accepted, a step, an answer; a router: to a
                         connection with every node. Those count during which nothing else was wrong
 
-Needs root, /dev/net/tun and loop devices; libfaketime for jumping clocks. Some 45 s a run on two quiet cores; two runs
+Needs root, /dev/net/tun and loop devices; a C compiler for jumping clocks. Some 45 s a run on two quiet cores; two runs
 at once (`--parallel 2`) share nothing but processor time.
 """
 
@@ -39,7 +39,7 @@ import msgspec
 import _chaos_checks as checks
 import _chaos_script as scripts
 from _chaos_disk import own_mounts
-from _chaos_faults import Chaos, clock_file, clocks, excused, missing, recoveries, say, stopped
+from _chaos_faults import Chaos, clocks, excused, missing, recoveries, say, stopped
 from _chaos_keeper import END_S
 from _chaos_script import KINDS, Script
 from _chaos_swarm import DEADLINE_S, STALENESS, START_S, Swarm
@@ -68,7 +68,8 @@ RUN_S = START_S + scripts.SECONDS + HEAL_S + 4 * END_S + 60.0
 async def torment(folder: Path, model: Path, script: Script) -> dict[str, Any]:
     """One run: start, strike, heal, end, judge."""
     begun_s = time.monotonic()
-    async with Swarm(folder, model, script.seed, clocks(script, folder)) as swarm:
+    await asyncio.to_thread(folder.mkdir)
+    async with Swarm(folder, model, script.seed, await clocks(script, folder)) as swarm:
         await swarm.start()
         ready_s = time.monotonic()
         chaos = Chaos(swarm, script)
@@ -88,7 +89,11 @@ async def torment(folder: Path, model: Path, script: Script) -> dict[str, Any]:
                 swarm.requests(),
                 deadline_s=DEADLINE_S,
                 stopped=stopped(chaos.injected),
-                excused=excused(chaos.injected, swarm.keepers["server"].starts_s),
+                excused=excused(
+                    chaos.injected,
+                    swarm.keepers["server"].starts_s,
+                    [mark.at_s for mark in marks if mark.what == "answer"],
+                ),
             ),
             "progress": checks.stalled(marks, healed_s, NEEDED),
             "end": checks.endless(ends, left | swarm.orphans, END_S),
@@ -164,8 +169,6 @@ async def one_run(results: Path, scratch: Path, model: Path, script: Script, kee
     except (ShoalError, TimeoutError) as error:
         row = {"seed": script.seed, "violations": [f"run: {type(error).__name__} {error}"], "struck": []}
         row |= {"faults": [msgspec.to_builtins(fault) for fault in script.faults], "recoveries": []}
-    for clock in scripts.NODES:
-        clock_file(folder, clock).unlink(missing_ok=True)
     for violation in row["violations"]:
         say(f"seed {script.seed}: VIOLATION {violation}")
     say(f"seed {script.seed}: {len(row['violations'])} violations in {row.get('seconds', 0)} s, {row.get('restarts')}")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from _memory_families import ROWS, play_families
-from _memory_planted import planted, power
+from _memory_planted import planted, power, say
 from _memory_public import public
 from _memory_replay import replayed
 from _memory_stores import retrieval, stored
@@ -63,12 +63,16 @@ def main() -> None:
         folder = Path(scratch)
         if "planted" in parts:
             headline |= planted(folder / "planted", 3 if quick else arguments.scale, arguments.seed, rows)
+            say("how often an effect is found")
             power(rows, 20 if quick else 200)
         if "retrieval" in parts:
+            say("retrieval")
             headline |= retrieval(folder, 50_000 if quick else arguments.vectors, rows)
         if "store" in parts:
+            say("a store whose writer is killed")
             headline |= stored(folder, 3 if quick else 20, 5_000 if quick else 100_000, rows)
         if "replay" in parts:
+            say("replay")
             headline |= replayed(arguments.model, 4 if quick else 16, rows)
     if "public" in parts:
         headline |= public(rows, questions=arguments.questions, model=arguments.answer, folder=arguments.folder)

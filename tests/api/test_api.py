@@ -171,7 +171,8 @@ def test_a_run_is_started_watched_stopped_and_resumed(config: Path, tmp_path: Pa
         guest = shoal.Swarm(run.swarm.invite(["observer"], uses=1))
         assert guest.status().steps == 40
         shoal.Run(run.path).stop(PATIENCE_S)
-        assert not run.is_running
+        with pytest.raises(RunError, match="stopped before its last step"):
+            run.wait(PATIENCE_S)
         with pytest.raises(RunError):
             run.model  # noqa: B018
         run = run.resume(timeout_s=PATIENCE_S)

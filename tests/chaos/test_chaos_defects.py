@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,3 +47,42 @@ def test_a_journal_that_met_a_full_disk_is_not_written_on_when_there_is_room_aga
     again.append_record(JOURNAL, Entry(what="lost", numbers=(0,)))
     again.close()
     assert [(e.what, e.numbers) for e in read_jsonl(run.path / JOURNAL, Entry)] == [("start", (0,)), ("lost", (0,))]
+
+
+READ_ONLY = """
+import asyncio, sys
+from pathlib import Path
+from _chaos_disk import Disk, own_mounts
+from shoal.coordinator.rundir import RunDir
+from shoal.errors import StorageError
+
+async def main(folder):
+    own_mounts()
+    disk = Disk(folder / "disk")
+    await disk.open()
+    try:
+        run = RunDir.create(disk.path / "run")
+        await disk.cover()
+        for act in (lambda: run.write_atomic("buffer/0", b"x"), run.lock, lambda: run.append("journal.jsonl", b"{}")):
+            try:
+                act()
+            except StorageError as error:
+                print(error.problem)
+        run.close()
+    finally:
+        await disk.close()
+
+asyncio.run(main(Path(sys.argv[1])))
+"""
+
+
+@pytest.mark.netns
+def test_a_read_only_disk_is_said_in_a_sentence(tmp_path: Path) -> None:
+    """Seed 5: what cleaned up after a file that could not be written failed in its turn, with a traceback."""
+    path = os.pathsep.join([str(Path(__file__).parents[2] / "benchmarks"), os.environ["PYTHONPATH"]])
+    command = [sys.executable, "-c", READ_ONLY, str(tmp_path)]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cannot be written: Read-only file system") == 3

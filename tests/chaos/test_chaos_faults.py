@@ -6,12 +6,15 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from _chaos_faults import clocks, set_clock
+from _chaos_script import Fault, Script
 from shoal.coordinator.processes import child_of_this
 from shoal.lab import tun
 from shoal.lab.network import Network, Node
@@ -46,6 +49,32 @@ def test_a_disk_is_full_read_only_and_slow_and_then_sound_again(tmp_path: Path) 
     assert found["read-only"] == f"{read_only} {read_only} 4"
     assert found.get("slow", "True") == "True"
     assert found["closed"] == "[] ['disk']"
+
+
+def test_a_clock_jumps_while_its_process_runs_and_the_monotonic_one_does_not(tmp_path: Path) -> None:
+    script = Script(0, 20.0, (Fault("clock_jump", ("server",), 1.0, 2.0, 3600.0),))
+    (preload,) = asyncio.run(clocks(script, tmp_path)).values()
+    program = "import time\nwhile input(): print(time.time(), time.monotonic(), flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", program],
+        env=os.environ | preload,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+
+        def off_s() -> tuple[float, float]:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write("now\n")
+            process.stdin.flush()
+            told, monotonic = map(float, process.stdout.readline().split())
+            return told - time.time(), monotonic - time.monotonic()
+
+        for offset_s in (0.0, 3600.0, -30.0, 0.0):
+            set_clock(tmp_path, "server", offset_s)
+            clock_s, monotonic_s = off_s()
+            assert clock_s == pytest.approx(offset_s, abs=5) and monotonic_s == pytest.approx(0, abs=5)
+        process.communicate("\n")
 
 
 @pytest.fixture

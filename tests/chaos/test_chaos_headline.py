@@ -35,12 +35,13 @@ def test_a_router_is_back_when_everybody_found_it_and_what_was_not_there_was_not
 def test_only_faults_of_the_server_excuse_it() -> None:
     other = Injected(Fault("disk_full", ("home",), 1.0, 2.0), 1.0, 3.0)
     own = Injected(Fault("disk_full", ("server",), 1.0, 2.0), 1.0, 3.0)
-    assert excused([other], []) == [] and stopped([other]) == []
-    ((begun_s, ended_s),) = excused([own], [])
+    assert excused([other], [], []) == [] and stopped([other]) == []
+    ((begun_s, ended_s),) = excused([own], [], [])
     assert begun_s == 1.0 and ended_s > 3.0
-    assert excused([], [5.0]) == [(5.0, 5.0 + COLD_START_S)]
+    assert excused([], [5.0], [4.0]) == [(5.0, 5.0 + COLD_START_S)]
+    assert excused([], [5.0], [4.0, 30.0, 12.0]) == [(5.0, 12.0)]
     pause = Injected(Fault("pause", ("server",), 1.0, 2.0), 1.0, 3.0)
-    assert stopped([pause]) == [(1.0, 3.0)] and excused([pause], []) == []
+    assert stopped([pause]) == [(1.0, 3.0)] and excused([pause], [], []) == []
 
 
 def test_the_headline_counts_violations_by_run() -> None:

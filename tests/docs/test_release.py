@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import venv
@@ -51,8 +52,8 @@ def test_the_wheel_is_reproducible_and_whole(tmp_path: Path) -> None:
     configs = {path.relative_to(REPOSITORY / "configs") for path in (REPOSITORY / "configs").rglob("*.toml")}
     assert {f"shoal/configs/{path.as_posix()}" for path in configs} <= held and configs
     sources = {path for path in (REPOSITORY / "src" / "shoal").rglob("*") if path.is_file()}
-    kept = {path for path in sources if "__pycache__" not in path.parts}
-    assert {path.relative_to(REPOSITORY / "src").as_posix() for path in kept} <= held
+    names = {path.relative_to(REPOSITORY / "src") for path in sources}
+    assert {name.as_posix() for name in names if not re.search(r"__pycache__|/\.", f"/{name}")} <= held
     assert not [name for name in held if name.startswith(("tests/", "docs/", "benchmarks/")) or "__pycache__" in name]
 
 

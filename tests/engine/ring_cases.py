@@ -7,19 +7,22 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
-from engine_cases import local
+from engine_cases import local, reference_logits
 from torch import Tensor
 
 from shoal.engine.pipeline.hub import Hub
 from shoal.engine.pipeline.lanes import PipelineEngine
 from shoal.engine.pipeline.node import StageNode
-from shoal.engine.pipeline.ring import Rings
+from shoal.engine.pipeline.ring import Rings, Weights
 from shoal.engine.pipeline.weights import chosen
+from shoal.engine.source import LocalModel
 from shoal.engine.speculation.speculating import Speculation
 from shoal.fabric.identity import Identity
+from shoal.protocol.sampling import Completion
 from shoal.protocol.stage import Assignment, LinkAddress
 
 PATIENCE_S = 60.0
@@ -40,6 +43,8 @@ class RingOfStages:
         self.link_s = link_s
         self.relays: list[asyncio.Server] = []
         self.model = local(directory)
+        self.models = {0: self.model}
+        self.weights: Weights | None = None
         self.rings = Rings(patience_s)
         self.identity = Identity.generate()
         self.lost: list[bytes] = []
@@ -64,9 +69,9 @@ class RingOfStages:
         """One more stage, without layers yet."""
         identity = Identity.generate()
 
-        async def tensors(shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Tensor]:
+        async def tensors(shapes: Mapping[str, tuple[int, ...]], version: int) -> Mapping[str, Tensor]:
             self.loaded.append(set(shapes))
-            return chosen(self.model, shapes)
+            return chosen(self.models[version], shapes)
 
         node = StageNode(
             identity, self.model.config(), torch.float32, torch.device("cpu"), threads=1, tensors=tensors,
@@ -119,9 +124,22 @@ class RingOfStages:
                     prefix_tokens=self.engine.lane_prefix_tokens,
                     previous=keys[place - 1] if place else b"",
                     next=None if last else self.addresses[keys[place + 1]],
+                    version=self.weights.version if self.weights is not None else 0,
                 )
             )
-        self.rings.open(self.hub.ring(self.epoch, keys, lambda: None))
+        self.rings.open(self.hub.ring(self.epoch, keys, lambda: None, self.weights))
+
+    async def change(self, model: LocalModel, cuts: Sequence[int]) -> None:
+        """Other weights for all, fetched ahead of their epoch."""
+        version = max(self.models) + 1
+        self.models[version] = model
+        weights = self.engine.make_weights(version, model.tensors())
+        for node in self.nodes.values():
+            await node.prepare(version)
+        fetched = len(self.loaded)
+        self.weights = weights
+        await self.assign(list(self.nodes), cuts)
+        assert len(self.loaded) == fetched, "nothing is fetched while nobody computes"
 
     async def kill(self, key: bytes) -> None:
         """As if its process were gone."""
@@ -155,3 +173,13 @@ async def ring_of(
         await ring.hub.close()
         for relay in ring.relays:
             relay.close()
+
+
+def assert_greedy_under_its_version(
+    references: Mapping[int, Any], prompt: Sequence[int], completion: Completion
+) -> None:
+    """Each token is the likeliest under the weights that it names, up to near-ties, and versions only rise."""
+    assert list(completion.versions) == sorted(completion.versions)
+    for at, (token, version) in enumerate(zip(completion.token_ids, completion.versions, strict=True)):
+        logits = reference_logits(references[version], [*prompt, *completion.token_ids[:at]])[-1]
+        assert float(logits.max() - logits[token]) < 1e-3, f"token {at} is not version {version}'s"

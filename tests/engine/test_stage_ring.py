@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from engine_cases import PLAIN, assert_same_draws, local, make_checkpoint, reference
-from ring_cases import RingOfStages, ring_of
+from ring_cases import RingOfStages, assert_greedy_under_its_version, ring_of
 
 from shoal.broadcast.link import Address, dial
 from shoal.engine.local import LocalEngine
@@ -90,6 +90,50 @@ async def test_a_result_of_a_ring_that_was_replaced_meanwhile_does_not_count(dee
         third, _ = await asyncio.to_thread(decoder.launch, torch.tensor([[10]]), torch.tensor([5]), cache)
         assert await asyncio.to_thread(second) is None
         assert await asyncio.to_thread(third) is not None
+
+
+@pytest.mark.parametrize("prefix_tokens", [0, 512])
+async def test_weights_change_under_what_is_alive(
+    deep: Path, deep_reference: Any, tmp_path: Path, prefix_tokens: int
+) -> None:
+    other = make_checkpoint(tmp_path / "other", PLAIN, seed=9, num_hidden_layers=5)
+    references = {0: deep_reference, 1: reference(other), 2: deep_reference}
+    asked = [SampleRequest(p, SamplingParams(max_tokens=40, temperature=0)) for p in PROMPTS]
+    async with ring_of(deep, [2], prefix_tokens=prefix_tokens) as ring:
+        ring.engine.tokenizer.end_ids = frozenset()
+
+        async def one(request: SampleRequest, after: int) -> Completion:
+            async with asyncio.timeout(60):
+                while len(told) < after:  # noqa: ASYNC110 - any request's tokens count
+                    await asyncio.sleep(0.001)
+            drawn = [each async for each in ring.engine.draws(request) if told.append(each) is None]
+            assert isinstance(drawn[-1], Completion)
+            return drawn[-1]
+
+        told: list[object] = []
+        tasks = [asyncio.create_task(one(request, 12 * place)) for place, request in enumerate(asked)]
+        for model, after in ((other, 20), (deep, 70)):
+            async with asyncio.timeout(60):
+                while len(told) < after:  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
+            await ring.change(local(model), [2])
+        found = list(await asyncio.gather(*tasks))
+        assert ring.engine.version == 2
+        again = await ring.engine.sample(asked[0])
+    assert {version for each in found for version in each.versions} == {0, 1, 2}
+    assert len({len(set(each.versions)) for each in found}) > 1 or len(set(found[0].versions)) > 1
+    for request, completion in zip([*asked, asked[0]], [*found, again], strict=True):
+        assert_greedy_under_its_version(references, request.prompt_ids, completion)
+    assert set(again.versions) == {2}
+
+
+async def test_weights_of_another_model_are_refused(deep: Path, tmp_path: Path) -> None:
+    other = make_checkpoint(tmp_path / "other", PLAIN, num_hidden_layers=5, vocab_size=300)
+    async with ring_of(deep, [2]) as ring:
+        with pytest.raises(ModelError, match="shape"):
+            ring.engine.make_weights(1, local(other).tensors())
+        with pytest.raises(ModelError, match="cannot be changed"):
+            await ring.engine.load_weights(1, {})
 
 
 async def test_a_qwen3_ring_with_an_untied_head(tmp_path: Path) -> None:

@@ -29,11 +29,12 @@ def version(url: str) -> int:
 
 
 @pytest.mark.slow
-def test_versions_are_served_while_they_are_trained_and_after_the_run(runs: Runs) -> None:
+@pytest.mark.parametrize("over", [(), ("--stages", "2")], ids=["alone", "stages"])
+def test_versions_are_served_while_they_are_trained_and_after_the_run(runs: Runs, over: tuple[str, ...]) -> None:
     train = runs.train("--workers", "1", envs__digit__type="tiny:Slow", run__steps=500)
     run = runs.run
     until(lambda: len(run.steps) >= 1, train, run)
-    server = runs.shoal("serve", run.path, "--follow", "--port", "0", "--context-tokens", "128", "--json")
+    server = runs.shoal("serve", run.path, "--follow", "--port", "0", "--context-tokens", "128", "--json", *over)
     until(lambda: server.out.read_text().endswith("\n"), server)
     url = str(server.result["url"])
     first = version(url)

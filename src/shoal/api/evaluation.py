@@ -36,8 +36,8 @@ def evaluate(
     config: str | Path = "arithmetic",
     overrides: Sequence[str] = (),
     *,
-    questions: int = 200,
-    max_tokens: int = 128,
+    questions: int | None = None,
+    max_tokens: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     threads: int = 1,
@@ -57,8 +57,8 @@ def evaluate(
         model: an engine that is open, or what `Engine` takes.
         config: the configuration whose environments ask: a TOML file, or the name of a shipped one.
         overrides: keys of it to change, as on the command line: `["--model.context_tokens=512"]`.
-        questions: distinct held-out questions, over all environments.
-        max_tokens: longest answer of one turn.
+        questions: distinct held-out questions, over all environments; absent: as many as the configuration says.
+        max_tokens: longest answer of one turn; absent: as the configuration says.
         temperature: 0 is greedy.
         seed: of the sampling, where `temperature` is above 0.
         threads: CPU threads, where the model is loaded here.
@@ -72,8 +72,9 @@ def evaluate(
     from shoal.config import load_config
     from shoal.coordinator.tasks import make_environments
 
-    given = [*overrides, "--eval.questions", str(questions), "--eval.max_tokens", str(max_tokens)]
-    settings = load_config(config, given)
+    lengths = {"questions": questions, "max_tokens": max_tokens}
+    given = [f"--eval.{key}={value}" for key, value in lengths.items() if value is not None]
+    settings = load_config(config, [*overrides, *given])
     environments = make_environments(settings)
     engine = model
     if not isinstance(engine, Engine):

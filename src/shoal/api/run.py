@@ -74,9 +74,9 @@ class Run:
         changes: Mapping[str, object] | None = None,
         *,
         workers: int | None = None,
-        timeout_s: float = 120.0,
+        timeout_s: float = 600.0,
     ) -> Run:
-        """Begin a run; gives it as soon as its folder is there.
+        """Begin a run; gives it as soon as workers can join it.
 
         Args:
             config: a TOML file, or the name of a shipped configuration.
@@ -100,7 +100,7 @@ class Run:
             raise RunError(f"there is a run in {folder} already.", "Give another run.name, or Run(...).resume().")
         return cls._begin(folder, [str(config), *overrides, f"--run.name={name}"], timeout_s)
 
-    def resume(self, *, timeout_s: float = 120.0) -> Run:
+    def resume(self, *, timeout_s: float = 600.0) -> Run:
         """Go on with a run that was stopped or killed."""
         if self.is_running:
             raise RunError(f"the run in {self.path} goes on already.")
@@ -108,8 +108,12 @@ class Run:
 
     @classmethod
     def _begin(cls, folder: Path, arguments: list[str], timeout_s: float) -> Run:
-        from shoal.cli.reach import running_process
+        ticket = folder / "ticket.txt"
 
+        def written() -> int:
+            return ticket.stat().st_mtime_ns if ticket.exists() else 0
+
+        before = written()
         said = tempfile.TemporaryFile()  # noqa: SIM115  It is read when the run has ended.
         process = subprocess.Popen(
             [sys.executable, "-m", "shoal.cli", "train", *arguments, "--json"],
@@ -119,14 +123,15 @@ class Run:
             start_new_session=True,  # Ctrl-C in a notebook is not meant for it
         )
         deadline = time.monotonic() + timeout_s
-        while not ((folder / "config.toml").exists() and running_process(folder) is not None):
-            if process.poll() is not None:
-                break
-            if time.monotonic() > deadline:
-                process.terminate()
-                process.wait()
-                raise RunError(f"the run in {folder} did not begin within {timeout_s:.0f} s.", "Give it more time.")
-            time.sleep(POLL_S)
+        try:
+            while written() == before and process.poll() is None:
+                if time.monotonic() > deadline:
+                    raise RunError(f"the run in {folder} did not begin within {timeout_s:.0f} s.", "Give it more time.")
+                time.sleep(POLL_S)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
         started = _Started(process, said)
         started.check()
         run = cls.__new__(cls)

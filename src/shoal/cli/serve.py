@@ -194,16 +194,14 @@ async def _serve(model: str, name: str, settings: Serving, keys: Keys, as_json: 
 
     from shoal.cli.console import beside_server
     from shoal.engine.local import LocalEngine
+    from shoal.engine.pipeline.lanes import PipelineEngine
     from shoal.engine.source import resolve
-    from shoal.errors import ConfigError
     from shoal.rollout.host import model_cache
     from shoal.serving.following import following, ticket_in
     from shoal.serving.opening import opened
     from shoal.serving.server import serve
     from shoal.serving.speculation import NGRAM
 
-    if follow and settings.stages:
-        raise ConfigError("a run cannot be followed over stages.", "Leave out --stages.")
     async with AsyncExitStack() as stack:
         run = await stack.enter_async_context(following(ticket_in(model), name, note)) if follow else None
         if run is not None:
@@ -221,7 +219,7 @@ async def _serve(model: str, name: str, settings: Serving, keys: Keys, as_json: 
         pages, admitted, listens = beside_server(keys, settings.host)
         api, ticket = await stack.enter_async_context(opened(found, name, settings, embedding, draft))
         if run is not None:
-            assert isinstance(api.engine, LocalEngine)
+            assert isinstance(api.engine, LocalEngine | PipelineEngine)
             await stack.enter_async_context(run.into(api.engine))
 
         def announce(port: int) -> None:

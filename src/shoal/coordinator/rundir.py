@@ -19,6 +19,7 @@ process at a time runs a run (`lock`).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -121,7 +122,8 @@ class RunDir:
                 os.fsync(file.fileno())
             os.replace(scratch, target)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a disk that is read-only not even that can be done
+                scratch.unlink(missing_ok=True)
             raise _storage_error(self.path, error) from None
 
     def append(self, name: str, line: bytes) -> None:

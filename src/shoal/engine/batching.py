@@ -124,6 +124,12 @@ class Batcher:
         if self.speculation is not None:
             self.speculation.forget()
 
+    def adopted(self, version: int) -> None:
+        """Tell of new weights with which the model itself has computed the cache again, amid a step."""
+        self.version = version
+        if self.prefixes is not None:
+            self.prefixes.clear()
+
     def cancel_all(self) -> None:
         """Complete everything that waits or lives as cancelled."""
         for sequence in (*self.waiting, *self.live, *(self._wave.members if self._wave else ())):
@@ -201,6 +207,8 @@ class Batcher:
             spent += tokens
             if spent >= self.prefill_tokens:
                 return
+        if wave.version != self.version:
+            return  # weights changed under the last piece: the wave begins again
         self._wave = None
         self._join(wave)
 

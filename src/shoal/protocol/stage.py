@@ -5,11 +5,12 @@
     TensorRequest    stage → requester   a piece of a checkpoint's tensor             `pipeline/tensor`
     DelayRequest     requester → stage   how far is it to these others?               `node/ID/delays`
     Assignment       requester → stage   its layers, and who comes next               `node/ID/assign`
+    PrepareRequest   requester → stage   fetch your layers of these weights           `node/ID/prepare`
     Step             around the ring     ids or hidden states of one batch, as frames on direct links
 
 A *lane* is one batch with its own rows of the cache; each has one step under way, or a few, each drafted on the guess
 that the one before it comes out as drafted. An *epoch* is one assignment of layers: caches begin empty in each, and
-steps of an earlier one mean nothing.
+steps of an earlier one mean nothing. All stages of an epoch have weights of the same version.
 
 Invariants: a message's size is bounded by what its header says and that by `MAX_STEP_BYTES`; frames are at most
 `PIECE_BYTES`, so that one fits a connection's first window on a long link. Pure; bytes are bounded here and checked
@@ -134,9 +135,11 @@ class TensorRequest(Record, frozen=True):
 
     name: str
     offset: int
+    version: int = 0
+    """Of the weights; 0: those that the server began with."""
 
     def check(self) -> None:
-        if not 0 < len(self.name) <= 512 or not 0 <= self.offset < 2**48:
+        if not 0 < len(self.name) <= 512 or not 0 <= self.offset < 2**48 or not 0 <= self.version < 2**48:
             raise RecordError("a tensor is asked for wrongly.")
 
 
@@ -175,8 +178,12 @@ class Assignment(Record, frozen=True):
     """Who takes what this stage gives; none: the requester."""
     prefix_tokens: int = 0
     """Tokens of finished sequences that each lane keeps aside."""
+    version: int = 0
+    """Of the weights: all stages of an epoch have the same."""
 
     def check(self) -> None:
+        if not 0 <= self.version < 2**48:
+            raise RecordError("an assignment's version is out of range.")
         if not (self.epoch >= 1 and 0 <= self.stage < self.num_stages <= MAX_STAGES):
             raise RecordError("an assignment's place is out of range.")
         if not 0 <= self.first < self.last <= MAX_LAYERS or not 1 <= self.lanes <= MAX_LANES:
@@ -187,6 +194,16 @@ class Assignment(Record, frozen=True):
             raise RecordError("an assignment names a key of a wrong length.")
         if self.next is not None:
             self.next.check()
+
+
+class PrepareRequest(Record, frozen=True):
+    """Other weights will soon be served: fetch those of your layers while you go on with the present ones."""
+
+    version: int
+
+    def check(self) -> None:
+        if not 0 <= self.version < 2**48:
+            raise RecordError("weights of an impossible version are announced.")
 
 
 class Assigned(Record, frozen=True):

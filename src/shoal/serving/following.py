@@ -16,16 +16,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Protocol
 
 from shoal.broadcast.fetch import Fetcher, Snapshot, SnapshotGone
 from shoal.broadcast.publisher import announcements
 from shoal.broadcast.store import Store
-from shoal.engine.local import LocalEngine
+from shoal.broadcast.tensors import TensorView
 from shoal.engine.merging import merged
 from shoal.engine.source import LocalModel, resolve
 from shoal.errors import JoinRefused, NetworkError, RecordError, StorageError
@@ -51,6 +51,15 @@ KEYS = "servers"
 """Servers' identities in the user's data directory: one for each that runs at once."""
 
 
+class Swappable(Protocol):
+    """An engine that takes other weights while it draws."""
+
+    @property
+    def version(self) -> int: ...
+
+    async def load_weights(self, version: int, tensors: Mapping[str, TensorView]) -> float: ...
+
+
 class FollowedRun:
     """A run that this node has joined, and its policy's versions."""
 
@@ -67,7 +76,7 @@ class FollowedRun:
         self._trouble = ""
 
     @asynccontextmanager
-    async def into(self, engine: LocalEngine) -> AsyncIterator[None]:
+    async def into(self, engine: Swappable) -> AsyncIterator[None]:
         """The run's newest version in the engine, and every later one while inside.
 
         Raises:
@@ -84,7 +93,7 @@ class FollowedRun:
             await asyncio.gather(*tasks, return_exceptions=True)
             self._fetcher.close()
 
-    async def _begin(self, engine: LocalEngine) -> None:
+    async def _begin(self, engine: Swappable) -> None:
         loop = asyncio.get_running_loop()
         give_up_at = loop.time() + FIRST_S
         while True:
@@ -106,7 +115,7 @@ class FollowedRun:
             await self._part.member.introduce(self._learner)
             return await self._fetcher.fetch()
 
-    async def _put(self, engine: LocalEngine, snapshot: Snapshot) -> None:
+    async def _put(self, engine: Swappable, snapshot: Snapshot) -> None:
         tensors = await asyncio.to_thread(merged, self.model, snapshot.tensors)
         pause_s = await engine.load_weights(snapshot.version, tensors)
         self._say(f"version {snapshot.version} is served ({pause_s * 1000:.0f} ms pause)")
@@ -120,7 +129,7 @@ class FollowedRun:
         except NetworkError as error:
             log.warning("announcements cannot be heard: %s", error)
 
-    async def _follow(self, engine: LocalEngine) -> None:
+    async def _follow(self, engine: Swappable) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), ASK_S)
@@ -160,7 +169,8 @@ async def following(ticket: Ticket, name: str, say: Callable[[str], None]) -> As
         stack.push_async_callback(_leave, part)
         spec = work_spec(part.reply)
         model = await asyncio.to_thread(resolve, spec.model, model_cache(), say)
-        scratch = data_dir() / "snapshots" / f"{ticket.run}-served-{os.getpid()}"
+        # By key, which a server that is started again takes up: what a killed one left is used, or removed at its end.
+        scratch = data_dir() / "snapshots" / f"{ticket.run}-served-{identity.node_id}"
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         store = Store(scratch, run=ticket.run, trusted_key=part.reply.learner_key, durable=False)
         yield FollowedRun(fabric, part, spec, model, store, say)

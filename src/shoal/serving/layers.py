@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from shoal.engine.pipeline.lanes import PipelineEngine
 from shoal.planning.partition import Partition, StageNode
 from shoal.protocol.stage import Assignment, StageOffer
-from shoal.protocol.status import NodeView, clipped
+from shoal.protocol.status import NodeStatus, NodeView, RunStatus, clipped
 
 NOISE = 1.5
 """Speeds that differ by less are taken for the same: they are measured in a moment, beside whatever else runs."""
@@ -76,7 +76,9 @@ def is_better(plan: Partition, present: Partition, wanted: int) -> bool:
     return plan.cycle_s < BETTER * present.cycle_s
 
 
-def assignments(plan: Partition, chosen: Sequence[Peer], epoch: int, engine: PipelineEngine) -> list[Assignment]:
+def assignments(
+    plan: Partition, chosen: Sequence[Peer], epoch: int, engine: PipelineEngine, version: int
+) -> list[Assignment]:
     """What each of the plan's stages is told."""
     found = []
     for place, stage in enumerate(plan.stages):
@@ -94,9 +96,35 @@ def assignments(plan: Partition, chosen: Sequence[Peer], epoch: int, engine: Pip
                 prefix_tokens=engine.lane_prefix_tokens,
                 previous=chosen[place - 1].key if place else b"",
                 next=follower.address if follower is not None else None,
+                version=version,
             )
         )
     return found
+
+
+def standing(
+    run: str,
+    version: int,
+    requester: NodeStatus,
+    peers: Iterable[Peer],
+    placements: Iterable[tuple[Peer, int, int]],
+) -> RunStatus:
+    """A server's status: nothing is trained, so most of it is zero."""
+    placed = {peer.key: f"layers {first} to {last - 1}" for peer, first, last in placements}
+    return RunStatus(
+        run=run,
+        step=0,
+        steps=0,
+        published=version,
+        max_staleness=0,
+        most_stale=0,
+        groups={},
+        usd_per_hour=0.0,
+        coordinator=requester,
+        nodes=tuple(view(peer, placed) for peer in peers if peer.role == "stage"),
+        silent=(),
+        mode="serving",
+    )
 
 
 def view(peer: Peer, layers: Mapping[bytes, str]) -> NodeView:

@@ -39,11 +39,13 @@ from shoal.protocol.stage import (
     Assignment,
     DelayReply,
     DelayRequest,
+    PrepareRequest,
     StageOffer,
     StageSpec,
     TensorPiece,
     TensorRequest,
 )
+from shoal.protocol.work import Ack
 from shoal.rollout.link import Part, taking_part
 from shoal.swarm.gossip import swarm_prefix
 from shoal.swarm.measure import measure_delay
@@ -143,7 +145,7 @@ class _Host:
             allow=self._may_link,
         )
         address = await node.listen(self._options.host)
-        for verb, handler in (("assign", self._assign), ("delays", self._delays)):
+        for verb, handler in (("assign", self._assign), ("delays", self._delays), ("prepare", self._prepare)):
             await self._fabric.serve(
                 f"node/{self._fabric.identity.node_id}/{verb}",
                 handler,
@@ -207,12 +209,18 @@ class _Host:
         )
         return encode(done)
 
+    async def _prepare(self, request: Request) -> bytes:
+        asked = decode(request.body, PrepareRequest, max_bytes=SMALL_BYTES)
+        if self._node is not None:
+            await self._node.prepare(asked.version)
+        return encode(Ack())
+
     async def _delays(self, request: Request) -> bytes:
         asked = decode(request.body, DelayRequest, max_bytes=SMALL_BYTES)
         return encode(DelayReply(delays_s=tuple([await link_delay(address) for address in asked.addresses])))
 
-    async def _tensors(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any]:
-        if self._options.local_model is not None:
+    async def _tensors(self, shapes: Mapping[str, tuple[int, ...]], version: int) -> Mapping[str, Any]:
+        if self._options.local_model is not None and version == 0:
             model = LocalModel(self._spec.model, self._options.local_model)
             return await asyncio.to_thread(chosen, model, shapes)
 
@@ -222,7 +230,7 @@ class _Host:
             return decode(data, TensorPiece, max_bytes=limit)
 
         with self._part.member.transferring():
-            return await fetch(ask, shapes)
+            return await fetch(ask, shapes, version)
 
     async def _ask(self, key: str, message: Record, deadline_s: float = ASK_S, limit: int = SMALL_BYTES) -> bytes:
         return await self._fabric.request(

@@ -6,7 +6,8 @@
 
 Invariants: a ring is opened only when every stage of it has said that it is ready for its epoch; a stage whose link
 ends is out of the plan before the next one is made; layers move while requests are under way only if stages were lost,
-or if a newcomer makes a token's cycle shorter by a tenth or brings the number that was asked for.
+or if a newcomer makes a token's cycle shorter by a tenth or brings the number that was asked for; all stages of a ring
+have weights of the same version.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
+from shoal.broadcast.tensors import TensorView
 from shoal.coordinator.admission import Admission
 from shoal.engine.pipeline.hub import Hub
 from shoal.engine.pipeline.lanes import PipelineEngine
-from shoal.engine.pipeline.ring import Rings
+from shoal.engine.pipeline.ring import Rings, Weights
 from shoal.engine.pipeline.weights import Shelf
-from shoal.errors import CapacityError, NetworkError, RecordError, ShoalError
+from shoal.engine.weights import from_views
+from shoal.errors import CapacityError, ModelError, RecordError, ShoalError
 from shoal.fabric.desk import Account, Desk
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.join import REASONS, read_join_request
@@ -34,10 +38,6 @@ from shoal.protocol.codec import decode, encode
 from shoal.protocol.node import JoinReply
 from shoal.protocol.stage import (
     MAX_STAGES,
-    Assigned,
-    Assignment,
-    DelayReply,
-    DelayRequest,
     LinkAddress,
     StageOffer,
     StageSpec,
@@ -45,7 +45,8 @@ from shoal.protocol.stage import (
 )
 from shoal.protocol.status import RunStatus
 from shoal.protocol.work import Ack
-from shoal.serving.layers import Peer, assignments, is_better, known, view
+from shoal.serving.layers import Peer, assignments, is_better, known, standing
+from shoal.serving.stage_calls import LOAD_S, SMALL_BYTES, assign, delays, prepare
 from shoal.swarm.member import Member, profile
 
 log = logging.getLogger("shoal.pipeline")
@@ -53,14 +54,8 @@ log = logging.getLogger("shoal.pipeline")
 LINK_S = 10.0
 """A stage that makes an offer has its home link by then."""
 
-ASSIGN_S = 900.0
-"""The longest that fetching and loading layers may take; a stage that dies meanwhile is noticed at once."""
-
 START_S = 60.0
 """How long the first plan waits for the number of stages that was asked for."""
-
-DELAYS_S = 15.0
-"""The longest that a newcomer may take to measure its delays to the others."""
 
 REVIEW_S = 10.0
 """The plan is looked at again this often: a stage that was left out may be let in again."""
@@ -70,8 +65,6 @@ BARRED_S = 60.0
 
 MAX_PEERS = 1024
 """When so many have joined, those that have no link are forgotten."""
-
-SMALL_BYTES = 64 * 2**10
 
 
 class Stages:
@@ -117,6 +110,12 @@ class Stages:
         """One way between two stages, by their ids; the newest last."""
         self._introducing = asyncio.Lock()
         self._epoch = 0
+        self._weights: Weights | None = None
+        """In the place of those that the server began with."""
+        self._changing = asyncio.Lock()
+        self._changed = asyncio.Condition()
+        """Notified when a ring opens."""
+        engine.changes = self.change
         self._plan: Partition | None = None
         self._keys: tuple[bytes, ...] = ()
         """Stages of the present ring, in order."""
@@ -237,14 +236,7 @@ class Stages:
         others = others[-MAX_STAGES:]
         if not others:
             return
-        request = DelayRequest(addresses=tuple(other.offer.address for other in others if other.offer is not None))
-        try:
-            data = await self._fabric.request(f"node/{peer.node_id}/delays", encode(request), DELAYS_S, to=peer.key)
-            found = decode(data, DelayReply, max_bytes=SMALL_BYTES).delays_s
-        except (NetworkError, RecordError) as error:
-            log.info("stage %s measured no delays: %s", peer.name, error)
-            return
-        for other, delay_s in zip(others, found, strict=False):
+        for other, delay_s in zip(others, await delays(self._fabric, peer, others), strict=False):
             if delay_s >= 0:
                 self._delays[frozenset((peer.node_id, other.node_id))] = delay_s
         while len(self._delays) > MAX_PEERS:
@@ -284,6 +276,10 @@ class Stages:
                 return
             nodes, delays = known(present, lambda one, other: self._delays.get(frozenset((one, other))))
             lanes, least = len(self._engine.lanes), min(self._wanted, len(present))
+            if self._plan is not None and self._is_outdated:  # layers stay where they are: their weights are there
+                if await self._assign(self._plan, {peer.node_id: peer for peer in self._peers.values()}):
+                    return
+                continue
             try:
                 plan = partition(self._engine.num_layers, nodes, delays, in_flight=lanes, min_stages=least)
             except CapacityError as error:
@@ -297,15 +293,21 @@ class Stages:
             if await self._assign(plan, {peer.node_id: peer for peer in present}):
                 return
 
+    @property
+    def _is_outdated(self) -> bool:
+        """Whether the present ring's stages have other weights than they should."""
+        return self._weights is not None and self._engine.version != self._weights.version
+
     async def _assign(self, plan: Partition, peers: dict[str, Peer]) -> bool:
         """Whether all took their layers, so that the ring is open."""
         self._close("layers are being assigned.")
         self._epoch += 1
         self._membership.clear()
         chosen = [peers[stage.node] for stage in plan.stages]
+        weights = self._weights
+        parts = assignments(plan, chosen, self._epoch, self._engine, weights.version if weights is not None else 0)
         told: list[asyncio.Task[ShoalError | None]] = [
-            asyncio.create_task(self._tell_stage(peer, part))
-            for peer, part in zip(chosen, assignments(plan, chosen, self._epoch, self._engine), strict=True)
+            asyncio.create_task(assign(self._fabric, peer, part)) for peer, part in zip(chosen, parts, strict=True)
         ]
         lost: asyncio.Task[bool] = asyncio.create_task(self._membership.wait())
         try:
@@ -327,8 +329,10 @@ class Stages:
         if failed or any(peer.offer is None for peer in chosen):
             return False
         self._plan, self._keys = plan, tuple(peer.key for peer in chosen)
-        self._rings.open(self._hub.ring(self._epoch, self._keys, self._late))
+        self._rings.open(self._hub.ring(self._epoch, self._keys, self._late, weights))
         self.opened.set()
+        async with self._changed:
+            self._changed.notify_all()
         if self._epoch > 1:
             self.pauses_s = [*self.pauses_s[-99:], time.monotonic() - self._closed_at]
         layers = ", ".join(
@@ -336,14 +340,6 @@ class Stages:
         )
         log.info("epoch %d: layers %s", self._epoch, layers)
         return True
-
-    async def _tell_stage(self, peer: Peer, part: Assignment) -> ShoalError | None:
-        try:
-            data = await self._fabric.request(f"node/{peer.node_id}/assign", encode(part), ASSIGN_S, to=peer.key)
-            decode(data, Assigned, max_bytes=SMALL_BYTES)
-        except (NetworkError, RecordError) as error:
-            return error
-        return None
 
     def _close(self, why: str) -> None:
         if self._plan is not None:
@@ -356,6 +352,31 @@ class Stages:
         self._close("a step never came back.")
         self._wake.set()
 
+    # Which weights
+
+    async def change(self, version: int, views: Mapping[str, TensorView]) -> float:
+        """Other weights on all stages, in a new epoch; gives the seconds without a ring.
+
+        Raises:
+            ModelError: they are not this model's; or no ring opened with them for long, which it may yet.
+        """
+        async with self._changing:
+            if self._weights is not None and version == self._weights.version:
+                return 0.0
+            weights = await asyncio.to_thread(self._engine.make_weights, version, from_views(views))
+            self._shelf.put(version, views)
+            # Stages fetch what they need while they still compute with what they have.
+            await asyncio.gather(*(prepare(self._fabric, peer, version) for peer, _, _ in self.placements))
+            self._weights = weights
+            self._wake.set()
+            try:
+                async with asyncio.timeout(LOAD_S), self._changed:
+                    await self._changed.wait_for(lambda: self._engine.version == version)
+            except TimeoutError:
+                raise ModelError(f"the stages did not go over to version {version} within {LOAD_S:.0f} s.") from None
+            self._shelf.keep(version)
+            return self.pauses_s[-1] if self.pauses_s else 0.0
+
     # What people are told
 
     def _account(self) -> Account:
@@ -367,18 +388,4 @@ class Stages:
 
     def status(self) -> RunStatus:
         """Who is there and has which layers."""
-        placed = {peer.key: f"layers {first} to {last - 1}" for peer, first, last in self.placements}
-        return RunStatus(
-            run=self._run,
-            step=0,
-            steps=0,
-            published=0,
-            max_staleness=0,
-            most_stale=0,
-            groups={},
-            usd_per_hour=0.0,
-            coordinator=self._desk.status(),
-            nodes=tuple(view(peer, placed) for peer in self._peers.values() if peer.role == "stage"),
-            silent=(),
-            mode="serving",
-        )
+        return standing(self._run, self._engine.version, self._desk.status(), self._peers.values(), self.placements)

@@ -21,7 +21,7 @@ from engine_cases import (
     make_decoder,
     reference,
 )
-from ring_cases import RingOfStages, ring_of
+from ring_cases import RingOfStages, assert_greedy_under_its_version, ring_of
 from spec_cases import Oracle
 
 from shoal.engine.local import LocalEngine
@@ -221,6 +221,28 @@ async def test_a_stage_that_dies_amid_drafts_costs_a_pause(
         found = list(await asked)
         assert ring.engine.stats().rebuilt_tokens > 0
     assert_all_same(deep_reference, found, expected)
+
+
+async def test_weights_change_amid_drafts(
+    deep: Path, deep_reference: Any, texts: dict[tuple[int, ...], tuple[int, ...]], tmp_path: Path
+) -> None:
+    other = make_checkpoint(tmp_path / "other", PLAIN, seed=9, num_hidden_layers=5)
+    rounds: list[Round] = []
+    speculate = speculating(lambda: Oracle(texts, 0.1, 1), lambda: Fixed(2, 3), rounds)
+    async with ring_of(deep, [2], speculate=speculate) as ring:
+        ring.engine.tokenizer.end_ids = frozenset()
+        asked = asyncio.gather(*(ring.engine.sample(request) for request in requests()))
+        for model in (other, deep):
+            before = len(rounds)
+            async with asyncio.timeout(60):
+                while len(rounds) < before + 2 and not asked.done():  # noqa: ASYNC110 - another thread counts
+                    await asyncio.sleep(0.001)
+            await ring.change(local(model), [2])
+        found = list(await asked)
+    references = {0: deep_reference, 1: reference(other), 2: deep_reference}
+    assert {version for each in found for version in each.versions} >= {0, 2}
+    for request, completion in zip(requests(), found, strict=True):
+        assert_greedy_under_its_version(references, request.prompt_ids, completion)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 
 from shoal.engine.pipeline.links import LinkPort, StepLink
-from shoal.engine.pipeline.ring import Ring
+from shoal.engine.pipeline.ring import Ring, Weights
 from shoal.errors import NetworkError, RecordError
 from shoal.fabric.identity import Identity
 from shoal.protocol.codec import encode
@@ -54,14 +54,16 @@ class Hub:
             return False
         return True
 
-    def ring(self, epoch: int, keys: Sequence[bytes], on_late: Callable[[], None]) -> Ring:
+    def ring(
+        self, epoch: int, keys: Sequence[bytes], on_late: Callable[[], None], weights: Weights | None = None
+    ) -> Ring:
         """A new ring of these stages, in the order of the layers; the one before is used no more."""
 
         async def send(header: bytes, data: bytes) -> None:
             await self._send(keys[0], header, data)
 
         self._keys = tuple(keys)
-        self._ring = Ring(asyncio.get_running_loop(), epoch, len(keys), send, on_late)
+        self._ring = Ring(asyncio.get_running_loop(), epoch, len(keys), send, on_late, weights)
         return self._ring
 
     def drop(self, key: bytes) -> None:

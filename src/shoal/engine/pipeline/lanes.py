@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
+from torch import Tensor
 
+from shoal.broadcast.tensors import TensorView
 from shoal.engine.batching import Batcher
 from shoal.engine.grammar import Constraint, Grammars
 from shoal.engine.local import LocalEngine
+from shoal.engine.model import HEAD, Decoder
 from shoal.engine.pipeline.remote import RemoteCache, RemoteDecoder
-from shoal.engine.pipeline.ring import Interrupted, Rings
+from shoal.engine.pipeline.ring import Interrupted, Rings, Weights
 from shoal.engine.pipeline.wire import TYPES
 from shoal.engine.prefix import PrefixStore
 from shoal.engine.sequence import Drawn
@@ -39,14 +42,23 @@ CPU = torch.device("cpu")
 class Lane(LocalEngine):
     """One batch: a local engine whose layers are elsewhere."""
 
-    def __init__(self, batcher: Batcher, threads: int, grammars: Callable[[], Grammars]) -> None:
+    def __init__(
+        self, batcher: Batcher, threads: int, grammars: Callable[[], Grammars], adopt: Callable[[], None]
+    ) -> None:
         self._all_grammars = grammars
+        self._adopt = adopt
         self._start(batcher, threads)
 
     def _constraint(self, grammar: Grammar) -> Constraint:
         return self._all_grammars().constraint(grammar)
 
+    def adopted(self, version: int) -> None:
+        """All is computed with weights of this version from now on; told on this lane's thread."""
+        self._batcher.adopted(version)
+
     def _step(self) -> bool:
+        if not self._batcher.live and not self._batcher.num_filling:
+            self._adopt()
         try:
             return super()._step()
         except Interrupted:
@@ -89,7 +101,8 @@ class PipelineEngine:
         self.lane_tokens = max(1, cache_tokens // lanes)
         self.lane_prefix_tokens = prefix_tokens // lanes
         self.tokenizer = Tokenizer(model.directory)
-        config, tensors = model.config(), model.tensors()
+        self._config = config = model.config()
+        tensors = model.tensors()
         self._decoders = [RemoteDecoder(config, TYPES[dtype], CPU, rings, lane) for lane in range(lanes)]
         self._decoders[0].load(tensors)
         for decoder in self._decoders[1:]:
@@ -111,9 +124,14 @@ class PipelineEngine:
                 ),
                 threads,
                 lambda: self.grammars,
+                partial(self._adopt, decoder),
             )
             for decoder, cache in zip(self._decoders, caches, strict=True)
         ]
+        for decoder, lane in zip(self._decoders, self.lanes, strict=True):
+            decoder.on_weights = lane.adopted
+        self.changes: Callable[[int, Mapping[str, TensorView]], Awaitable[float]] | None = None
+        """Puts other weights on the stages; set by whoever has these."""
         self._loads = [0] * lanes
         self._past: OrderedDict[tuple[int, ...], int] = OrderedDict()
         """Prompts that were served, and in which lane."""
@@ -121,7 +139,39 @@ class PipelineEngine:
 
     @property
     def version(self) -> int:
-        return self.lanes[0].version
+        ring = self._rings.ring
+        return ring.weights.version if ring is not None and ring.weights is not None else self.lanes[0].version
+
+    def _adopt(self, decoder: RemoteDecoder) -> None:
+        decoder.adopt(self._rings.ring)
+
+    def make_weights(self, version: int, tensors: Mapping[str, Tensor]) -> Weights:
+        """What a ring of stages with these weights needs here.
+
+        Raises:
+            ModelError: they are not this model's.
+        """
+        head = Decoder(self._config, self._decoders[0].dtype, CPU, HEAD)
+        head.load(tensors)
+        return Weights(version, head)
+
+    async def load_weights(self, version: int, tensors: Mapping[str, TensorView]) -> float:
+        """Serve other weights on all stages at once; gives the seconds for which nothing was computed.
+
+        What is alive is computed again with them and goes on, whatever the swap policy of a single machine is.
+
+        Raises:
+            ModelError: they are not this model's, or a lossy rule drafts, or nobody has the stages; the old ones stay.
+        """
+        if self.lossy_rule:
+            raise ModelError(
+                f"an engine that drafts by the rule {self.lossy_rule} takes no other weights: what it says is not the "
+                "policy's.",
+                "Use the rule strict where rollouts are drawn.",
+            )
+        if self.changes is None:
+            raise ModelError("these stages' weights cannot be changed.", "Restart the server.")
+        return await self.changes(version, tensors)
 
     @property
     def context_tokens(self) -> int:

@@ -35,8 +35,8 @@ from shoal.protocol.stage import MAX_IN_FLIGHT, MAX_LANES, Assigned, Assignment,
 
 log = logging.getLogger("shoal.pipeline")
 
-Tensors = Callable[[Mapping[str, tuple[int, ...]]], Awaitable[Mapping[str, Tensor]]]
-"""Fetches the tensors of these names and shapes."""
+Tensors = Callable[[Mapping[str, tuple[int, ...]], int], Awaitable[Mapping[str, Tensor]]]
+"""Fetches the tensors of these names and shapes, of a version."""
 
 
 class StageNode:
@@ -70,6 +70,8 @@ class StageNode:
         """Lane and number of steps that need not be computed."""
         self.num_dropped = 0
         self._stage: Stage | None = None
+        self._prepared: tuple[int, tuple[int, int], Mapping[str, Tensor]] | None = None
+        """Version, layers and tensors that wait for their epoch."""
         self._home: StepLink | None = None
         self._next: StepLink | None = None
         self._next_task: asyncio.Task[None] | None = None
@@ -124,17 +126,40 @@ class StageNode:
                 raise RecordError(f"epoch {assignment.epoch} is over.")
             await self._unlink()
             if old is not None and (old.assignment.first, old.assignment.last) == layers:
+                if assignment.version != old.assignment.version:
+                    found = await self._weights(old, assignment.version)
+                    await self._in_thread(old.load, found)
+                    loaded = len(found)
                 await self._in_thread(old.renew, assignment)
             else:
                 self._stage = None  # its memory is needed
                 del old
                 stage = await self._in_thread(Stage, self._config, self._dtype, self._device, assignment)
-                found = await self._tensors(stage.decoder.shapes)
+                found = await self._weights(stage, assignment.version)
                 await self._in_thread(stage.load, found)
                 self._stage, loaded = stage, len(found)
             if assignment.next is not None:
                 await self._link_to(assignment.next)
             return Assigned(epoch=assignment.epoch, loaded_tensors=loaded, seconds=time.monotonic() - started)
+
+    async def prepare(self, version: int) -> None:
+        """Fetch these weights of the present layers, while the present ones are computed with.
+
+        Raises:
+            RecordError, NetworkError: they are not to be had.
+        """
+        stage = self._stage
+        if stage is None or stage.assignment.version == version:
+            return
+        found = await self._tensors(stage.decoder.shapes, version)
+        self._prepared = version, (stage.assignment.first, stage.assignment.last), found
+
+    async def _weights(self, stage: Stage, version: int) -> Mapping[str, Tensor]:
+        layers = (stage.assignment.first, stage.assignment.last)
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared[:2] == (version, layers):
+            return prepared[2]
+        return await self._tensors(stage.decoder.shapes, version)
 
     async def _in_thread(self, call: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *args)

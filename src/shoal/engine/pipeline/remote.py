@@ -4,7 +4,8 @@ Invariants: the stand-in cache takes the same decisions as the stages' caches, b
 did since the last step travels with the next one, in order; for each row it knows the ids that the stages' rows were
 computed from, so that any of them can be computed again. A forward pass returns only with its result, however many
 rings break under it, or raises `Interrupted`; a launched one (`Decoder.launch`) is lost with its ring, and what it was
-drafted for is drafted anew behind the tokens that are certain.
+drafted for is drafted anew behind the tokens that are certain. Head and stages have weights of the same version: a
+lane goes over to a ring's when it begins to use it, and computes all of its rows again.
 """
 
 from __future__ import annotations
@@ -115,6 +116,9 @@ class RemoteDecoder(Decoder):
         self._rings = rings
         self._lane = lane
         self._epoch = 0
+        self._version = 0
+        self.on_weights: Callable[[int], None] = lambda version: None
+        """Told on the lane's thread that from now on all is computed with weights of this version."""
         self._number = 0
         self._voids: list[int] = []
         """Steps that nobody waits for any more, not yet told to the stages."""
@@ -125,9 +129,16 @@ class RemoteDecoder(Decoder):
         self.round_s = 0.0
         """What the last step took from being sent to its result."""
 
-    def share(self, other: RemoteDecoder) -> None:
+    def share(self, other: Decoder) -> None:
         """Use another's head, which is only read."""
         self._head, self._embedding = other._head, other._embedding
+
+    def adopt(self, ring: Ring | None) -> None:
+        """Go over to the weights that a ring's stages have."""
+        if ring is not None and ring.weights is not None and ring.weights.version != self._version:
+            self.share(ring.weights.head)
+            self._version = ring.weights.version
+            self.on_weights(self._version)
 
     @torch.inference_mode()
     def forward(
@@ -268,6 +279,7 @@ class RemoteDecoder(Decoder):
 
     def _rebuild(self, ring: Ring, cache: RemoteCache) -> None:
         """Compute every row of the lane again, on stages whose caches are empty."""
+        self.adopt(ring)
         cache.begin_again()
         rows = [cache.rows.get(slot, []) for slot in range(max(cache.rows, default=-1) + 1)]
         longest = max(map(len, rows), default=0)

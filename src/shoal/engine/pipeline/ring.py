@@ -18,6 +18,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Late
 from dataclasses import dataclass
 
+from shoal.engine.model import Decoder
 from shoal.errors import ModelError
 from shoal.protocol.codec import encode
 from shoal.protocol.stage import MAX_IN_FLIGHT, Step
@@ -27,6 +28,15 @@ STEP_S = 120.0
 
 Send = Callable[[bytes, bytes], Coroutine[None, None, None]]
 """Brings a step's header and tensor to the first stage."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is served in the place of what the server began with."""
+
+    version: int
+    head: Decoder
+    """With the head only."""
 
 
 class RingBroken(Exception):
@@ -53,12 +63,20 @@ class Ring:
     Args:
         send: called on `loop`.
         on_late: called on the loop when a step took longer than `STEP_S`.
+        weights: the version that its stages have, and the head that goes with it; nothing: those of the beginning.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, epoch: int, num_stages: int, send: Send, on_late: Callable[[], None]
+        self,
+        loop: asyncio.AbstractEventLoop,
+        epoch: int,
+        num_stages: int,
+        send: Send,
+        on_late: Callable[[], None],
+        weights: Weights | None = None,
     ) -> None:
         self.epoch = epoch
+        self.weights = weights
         self.num_stages = num_stages
         self._loop = loop
         self._send = send

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shoal.broadcast.tensors import view_of
+from shoal.broadcast.tensors import TensorView, view_of
 from shoal.engine.source import LocalModel
 from shoal.engine.weights import from_views, to_views
 from shoal.errors import RecordError
@@ -31,10 +31,18 @@ Ask = Callable[[TensorRequest], Awaitable[TensorPiece]]
 
 
 class Shelf:
-    """Gives out a checkpoint's tensors."""
+    """Gives out tensors: of the checkpoint (version 0), and of what takes its place."""
 
     def __init__(self, model: LocalModel) -> None:
-        self._views = to_views(model.tensors())
+        self._versions: dict[int, Mapping[str, TensorView]] = {0: to_views(model.tensors())}
+
+    def put(self, version: int, views: Mapping[str, TensorView]) -> None:
+        """Have one more version."""
+        self._versions[version] = views
+
+    def keep(self, version: int) -> None:
+        """Have this version only."""
+        self._versions = {version: self._versions[version]}
 
     def piece(self, request: TensorRequest) -> TensorPiece:
         """Bytes from the offset on.
@@ -42,15 +50,15 @@ class Shelf:
         Raises:
             RecordError: there is no such tensor.
         """
-        view = self._views.get(request.name)
+        view = self._versions.get(request.version, {}).get(request.name)
         if view is None:
-            raise RecordError(f"the checkpoint has no tensor '{request.name[:100]}'.")
+            raise RecordError(f"there is no tensor '{request.name[:100]}' of version {request.version}.")
         data = bytes(view.data[request.offset : request.offset + MAX_TENSOR_PIECE_BYTES])
         return TensorPiece(dtype=view.dtype, shape=view.shape, total=view.num_bytes, data=data)
 
 
-async def fetch(ask: Ask, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of these names.
+async def fetch(ask: Ask, shapes: Mapping[str, tuple[int, ...]], version: int = 0) -> dict[str, Tensor]:
+    """The tensors of these names, of a version.
 
     Raises:
         RecordError: one is not what it should be.
@@ -60,7 +68,7 @@ async def fetch(ask: Ask, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Te
 
     async def one(name: str, shape: tuple[int, ...]) -> Tensor:
         async with places:
-            return await _fetch_one(ask, name, shape)
+            return await _fetch_one(ask, name, shape, version)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -70,10 +78,10 @@ async def fetch(ask: Ask, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Te
     return {name: task.result() for name, task in tasks.items()}
 
 
-async def _fetch_one(ask: Ask, name: str, shape: tuple[int, ...]) -> Tensor:
+async def _fetch_one(ask: Ask, name: str, shape: tuple[int, ...], version: int) -> Tensor:
     data = bytearray()
     while True:
-        piece = await ask(TensorRequest(name=name, offset=len(data)))
+        piece = await ask(TensorRequest(name=name, offset=len(data), version=version))
         dtype, value_bytes = FLOATS.get(piece.dtype, (None, 0))
         if dtype is None or piece.shape != shape or piece.total != math.prod(shape) * value_bytes:
             raise RecordError(f"tensor '{name}' comes as {piece.dtype}{list(piece.shape)}, not as {list(shape)}.")
