@@ -31,13 +31,13 @@ CLOCK = Path(__file__).with_name("_chaos_clock.c")
 REDIAL_S = 3.0
 """A node whose ports are exhausted is cut off for so long, so that it must dial anew."""
 
-RECOVERY_S = 60.0
+RECOVERY_S = 180.0
 """What has not come back by then has not recovered."""
 
 SETTLE_S = 3.0
 """Requests may still fail for so long after a server has been given its descriptors, disk or time again."""
 
-COLD_START_S = 90.0
+COLD_START_S = 180.0
 """A server that was started has answered by then: it imports its engine, joins the run and loads a version, on a
 machine that is busy with all that goes on."""
 

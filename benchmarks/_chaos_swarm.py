@@ -337,9 +337,9 @@ class Swarm:
         logs = [self.folder / f"{name}.log" for name in ("worker-0", "worker-1")]
         return {found[0].decode() for log in logs if log.exists() for found in SUBMITTED.findall(log.read_bytes())}
 
-    def scratch(self) -> list[str]:
-        """What lies in the folders where nodes keep snapshots while they need them."""
-        kept = [path for disk in self.disks.values() for path in disk.path.glob("shoal/snapshots/*")]
+    def scratch(self, nodes: Sequence[str]) -> list[str]:
+        """What lies in the folders where these nodes keep snapshots while they need them."""
+        kept = [path for node in nodes for path in self.disks[node].path.glob("shoal/snapshots/*")]
         return [str(path.relative_to(self.folder)) for path in kept]
 
     async def until(self, condition: Callable[[], Any], deadline_s: float, what: str) -> None:

@@ -41,7 +41,7 @@ class Sizes:
     experts: int = 300
     wandering: int = 700
     heldout: int = 180
-    examples: int = 4000
+    examples: int = 3400
     transitions: int = 200
     dreams: int = 40
     sft_stages: int = 3

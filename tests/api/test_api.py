@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
@@ -89,6 +91,15 @@ def test_an_engine_that_is_closed_says_so(tiny_model: Path) -> None:
     engine.close()
     with pytest.raises(RunError, match="closed"):
         engine.chat("7?")
+
+
+def test_an_engine_that_nobody_keeps_ends(tiny_model: Path) -> None:
+    engine = shoal.Engine(tiny_model, dtype="fp32", max_sequences=1)
+    (thread,) = [one for one in threading.enumerate() if one.name == "shoal-engine"]
+    del engine
+    gc.collect()
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
 
 
 async def test_it_works_where_a_loop_is_running(engine: shoal.Engine) -> None:

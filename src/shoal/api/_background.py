@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from functools import cache
 from typing import Any, Generic, TypeVar
-from weakref import WeakSet
+from weakref import finalize
 
 from shoal.errors import RunError
 
@@ -52,30 +52,26 @@ def wait(coroutine: Coroutine[Any, Any, T], timeout_s: float | None = None) -> T
         raise
 
 
+_OPEN: dict[Future[None], asyncio.Event] = {}
+"""What is open, and what closes it. The loop itself refers to its tasks weakly only."""
+
+
 class Kept(Generic[T]):
-    """An async context that stays open in the background until it is closed."""
+    """An async context that stays open in the background until it is closed, or nobody refers to it any more."""
 
     def __init__(self, context: AbstractAsyncContextManager[T]) -> None:
         """Open it; raises whatever opening it raises."""
-        self._closing = asyncio.Event()
-        opened: Future[T] = Future()
-        self._held = asyncio.run_coroutine_threadsafe(self._hold(context, opened), background())
+        closing, opened = asyncio.Event(), Future[T]()
+        self._held = asyncio.run_coroutine_threadsafe(_hold(context, closing, opened), background())
+        _OPEN[self._held] = closing
+        self._held.add_done_callback(lambda held: _OPEN.pop(held, None))
+        self._let_go = finalize(self, _close, closing)
+        self._let_go.atexit = False  # `_close_all` waits as well
         try:
             self._value = opened.result()
         except BaseException:
             self._held.cancel()
             raise
-        _OPEN.add(self)
-
-    async def _hold(self, context: AbstractAsyncContextManager[T], opened: Future[T]) -> None:
-        try:
-            async with context as value:
-                opened.set_result(value)
-                await self._closing.wait()
-        except BaseException as error:
-            if opened.done():
-                raise
-            opened.set_exception(error)
 
     @property
     def value(self) -> T:
@@ -84,22 +80,34 @@ class Kept(Generic[T]):
         Raises:
             RunError: it has been closed.
         """
-        if self._held.done() or self._closing.is_set():
+        if self._held.done() or not self._let_go.alive:
             raise RunError("it has been closed.", "Make another one.")
         return self._value
 
     def close(self) -> None:
         """Leave the context; a second time does nothing."""
-        if not self._held.done():
-            background().call_soon_threadsafe(self._closing.set)
-            self._held.result(CLOSE_S)
-        _OPEN.discard(self)
+        self._let_go()
+        self._held.result(CLOSE_S)
 
 
-_OPEN: WeakSet[Kept[Any]] = WeakSet()
+async def _hold(context: AbstractAsyncContextManager[T], closing: asyncio.Event, opened: Future[T]) -> None:
+    try:
+        async with context as value:
+            opened.set_result(value)
+            del value  # what is kept is kept by `Kept` alone
+            await closing.wait()
+    except BaseException as error:
+        if opened.done():
+            raise
+        opened.set_exception(error)
+
+
+def _close(closing: asyncio.Event) -> None:
+    background().call_soon_threadsafe(closing.set)
 
 
 def _close_all() -> None:
-    for kept in list(_OPEN):
-        with contextlib.suppress(TimeoutError):
-            kept.close()
+    for held, closing in list(_OPEN.items()):
+        _close(closing)
+        with contextlib.suppress(TimeoutError, RuntimeError):  # At this time Python starts no further threads.
+            held.result(CLOSE_S)

@@ -22,7 +22,7 @@ def fit(
     *data: Path,
     out: Path,
     model: str = "embedded",
-    examples: int = 4000,
+    examples: int = 3400,
     judging: float = 0.12,
     epochs: int = 1,
     batch_size: int = 8,

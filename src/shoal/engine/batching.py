@@ -5,9 +5,7 @@ draw the first token of those that are whole; then one decode pass for everythin
 
 A prompt that a live sequence has as well, computed under the same weights, is copied from its slot: the members of a
 group need not arrive together. Where the engine is given a prefix store, beginnings that finished sequences had are
-copied too.
-
-With speculation (`speculation.speculating`) a decode pass may give a sequence several tokens.
+copied too. With speculation (`speculation.speculating`) a decode pass may give a sequence several tokens.
 
 Invariants: a request is admitted only when its prompt and all the tokens it may draw fit the cache beside what is
 alive, so nothing alive is ever evicted; live sequence i sits in cache slot i, and a wave's rows behind all of them;
@@ -30,7 +28,7 @@ from shoal.engine.model import Decoder
 from shoal.engine.prefill import Wave, compute
 from shoal.engine.prefix import PrefixStore, State, shared
 from shoal.engine.sampling import alternatives, sample
-from shoal.engine.sequence import Drawn, Sequence
+from shoal.engine.sequence import Drawn, Key, Sequence
 from shoal.engine.speculation.speculating import Answers, Speculation
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import CapacityError
@@ -39,9 +37,6 @@ from shoal.protocol.sampling import Completion, FinishReason, SampleRequest
 PREFILL_TOKENS = 8192
 """Padded prompt tokens admitted together and computed in one step, unless the engine is told otherwise: for rollouts,
 whose prompts are short. A server takes far fewer, so that those who are alive are not kept waiting."""
-
-Key = tuple[str, tuple[int, ...]]
-"""Of a prompt: whose adapter, and its ids (`Sequence.key`)."""
 
 
 class Batcher:
@@ -116,19 +111,17 @@ class Batcher:
             self._decode()
         return worked
 
-    def swapped(self, version: int) -> None:
-        """Tell of new weights: what was computed with the old ones is shared no more."""
-        self.version = version
-        if self.prefixes is not None:
-            self.prefixes.clear()
-        if self.speculation is not None:
-            self.speculation.forget()
+    def swapped(self, version: int, *, amid: bool = False) -> None:
+        """Tell of new weights: what was computed with the old ones is shared no more.
 
-    def adopted(self, version: int) -> None:
-        """Tell of new weights with which the model itself has computed the cache again, amid a step."""
+        Args:
+            amid: the model has changed them itself within a step, and drops what is in flight.
+        """
         self.version = version
         if self.prefixes is not None:
             self.prefixes.clear()
+        if self.speculation is not None and not amid:
+            self.speculation.forget()
 
     def cancel_all(self) -> None:
         """Complete everything that waits or lives as cancelled."""

@@ -16,6 +16,9 @@ from shoal.engine.shaping import Shaper
 from shoal.engine.tokenizer import Tokenizer
 from shoal.protocol.sampling import Completion, FinishReason, SampleRequest
 
+Key = tuple[str, tuple[int, ...]]
+"""Of a prompt: whose adapter, and its ids."""
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -80,7 +83,7 @@ class Sequence:
         return self.adapter.name if self.adapter else ""
 
     @property
-    def key(self) -> tuple[str, tuple[int, ...]]:
+    def key(self) -> Key:
         """Equal for sequences whose prompts are computed alike."""
         return self.space, self.prompt
 

@@ -7,6 +7,7 @@ Invariants: nothing is converted or copied; a reader sees the file whole or not 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -44,5 +45,6 @@ def write_weights(path: Path, tensors: Mapping[str, TensorView]) -> None:
                 file.write(view.data)
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a disk that is read-only not even that can be done
+            unfinished.unlink(missing_ok=True)
         raise StorageError(f"weights cannot be written to {path}: {error.strerror}.", "Free some space.") from None

@@ -19,16 +19,12 @@ import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from msgspec.structs import replace
 
 from shoal.engine.local import MAX_REQUESTS, LocalEngine
-from shoal.engine.sequence import Drawn
-from shoal.engine.shaping import Shaping
 from shoal.envs.base import Environment
 from shoal.envs.external import External
 from shoal.errors import ModelError, NetworkError, ShoalError
@@ -36,12 +32,12 @@ from shoal.fabric.desk import Account
 from shoal.fabric.errors import RemoteError
 from shoal.fabric.waits import waiting
 from shoal.protocol.episode import Episode
-from shoal.protocol.sampling import Completion, SampleRequest
 from shoal.protocol.status import QueueState
 from shoal.protocol.work import Lease, Submission, WorkSpec
 from shoal.rollout.arrivals import Arrivals
 from shoal.rollout.episode import EpisodeSpec, run_episode
 from shoal.rollout.external import ExternalActing
+from shoal.rollout.job import Job
 from shoal.rollout.link import DEADLINE_S, RunLink
 from shoal.rollout.patience import LOST_AFTER_S, RETRY_S, Patience
 from shoal.rollout.policy import Policy, Source
@@ -57,50 +53,6 @@ FETCH_UNIT_BYTES = 1024
 
 RATE_WINDOW_S = 30.0
 """Tokens a second are reported over this long."""
-
-
-@dataclass
-class _Job:
-    """One lease at work; it is the sampler of its own episodes, so that what is drawn for it can be told apart."""
-
-    lease: Lease
-    engine: LocalEngine | VllmEngine
-    on_failure: Callable[[ModelError], None]
-    progress: int = 0
-    num_drawing: int = 0
-    """Its requests in the engine."""
-    num_programs: int = 0
-    """Agent programs that act for it; their own deadline bounds them."""
-    acting: bool = False
-    task: asyncio.Task[None] | None = None
-
-    async def sample(self, request: SampleRequest) -> Completion:
-        self.num_drawing += 1
-        try:
-            completion = await self.engine.sample(request)
-        except ModelError as error:
-            self.on_failure(error)
-            raise
-        finally:
-            self.num_drawing -= 1
-        self.progress += len(completion.token_ids)
-        return completion
-
-    async def draws(self, request: SampleRequest, shaping: Shaping) -> AsyncGenerator[Drawn | Completion]:
-        """As `sample`, token by token: for agent programs, which a worker has only beside an engine of its own."""
-        assert isinstance(self.engine, LocalEngine)
-        self.num_drawing += 1
-        try:
-            async with aclosing(self.engine.draws(request, shaping)) as found:
-                async for drawn in found:
-                    if isinstance(drawn, Completion):
-                        self.progress += len(drawn.token_ids)
-                    yield drawn
-        except ModelError as error:
-            self.on_failure(error)
-            raise
-        finally:
-            self.num_drawing -= 1
 
 
 class Worker:
@@ -134,7 +86,7 @@ class Worker:
         self._envs = environments
         self._max_sequences = max_sequences
         self._on_event = on_event
-        self._jobs: dict[str, _Job] = {}
+        self._jobs: dict[str, Job] = {}
         self._stopping = asyncio.Event()
         self._over = asyncio.Event()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -222,12 +174,12 @@ class Worker:
             if reply.lease is None:
                 await asyncio.sleep(reply.wait_s)
                 continue
-            job = _Job(reply.lease, self._engine, self._fail)
+            job = Job(reply.lease, self._engine, self._fail)
             self._jobs[reply.lease.id] = job
             job.task = asyncio.create_task(self._work(job))
             job.task.add_done_callback(self._worked)
 
-    async def _work(self, job: _Job) -> None:
+    async def _work(self, job: Job) -> None:
         """One lease from start to submission."""
         lease = job.lease
         try:
@@ -277,7 +229,7 @@ class Worker:
             except NetworkError as error:
                 await self._patience.unanswered(error)
 
-    async def _episode(self, job: _Job, index: int) -> Episode:
+    async def _episode(self, job: Job, index: int) -> Episode:
         lease = job.lease
         task = lease.tasks[index]
         spec = EpisodeSpec(
@@ -298,7 +250,7 @@ class Worker:
             spec, job, self._engine.tokenizer, env.fresh(), context_tokens=self._spec.context_tokens
         )
 
-    async def _program(self, job: _Job, spec: EpisodeSpec, env: External) -> Episode:
+    async def _program(self, job: Job, spec: EpisodeSpec, env: External) -> Episode:
         if self._external is None:
             return self._void(job.lease, spec.index, "this worker starts no programs (shoal worker --allow-programs)")
         job.num_programs += 1

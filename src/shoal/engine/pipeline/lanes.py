@@ -54,7 +54,7 @@ class Lane(LocalEngine):
 
     def adopted(self, version: int) -> None:
         """All is computed with weights of this version from now on; told on this lane's thread."""
-        self._batcher.adopted(version)
+        self._batcher.swapped(version, amid=True)
 
     def _step(self) -> bool:
         if not self._batcher.live and not self._batcher.num_filling:

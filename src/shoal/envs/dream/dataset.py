@@ -31,7 +31,7 @@ from shoal.errors import StorageError
 from shoal.protocol.codec import read_jsonl
 
 EPISODES = "episodes.jsonl"
-MAX_COPIES, MIN_SAME, MAX_SAME = 3, 6, 16
+MAX_COPIES, MIN_SAME, MAX_SAME = 3, 5, 12
 MAX_UNKNOWN = 12
 TASK_LINE = re.compile(r"\nTask: [^\n]*\n")
 UNCHANGED_SHARE = 0.1
