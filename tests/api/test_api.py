@@ -23,7 +23,7 @@ from deciding import deciding
 from shoal.errors import CapacityError, ConfigError, RecordError, RunError
 from tiny import tiny_config, write_config
 
-PATIENCE_S = 90.0
+PATIENCE_S = 240.0
 
 
 @pytest.fixture
@@ -165,6 +165,7 @@ def test_a_run_that_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_is_started_watched_stopped_and_resumed(config: Path, tmp_path: Path, shoal_home: Path) -> None:
     run = shoal.Run.start(config, {"run.steps": 40, "run.name": "watched"}, timeout_s=PATIENCE_S)
     try:
@@ -197,12 +198,14 @@ def test_a_run_is_started_watched_stopped_and_resumed(config: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_that_cannot_begin_says_why(config: Path, shoal_home: Path) -> None:
     with pytest.raises(RunError, match="divided by a banana|there is no model|no-such-model"):
         shoal.Run.start(config, {"model.name": "./no-such-model"}, timeout_s=PATIENCE_S).wait(PATIENCE_S)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_example_runs(
     tiny_model: Path, config: Path, tmp_path: Path, shoal_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ def chaos(*arguments: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return result["headline"], result["rows"]
 
 
-@pytest.mark.parametrize("seed", [0, 5])
+@pytest.mark.parametrize("seed", [0, 1, 5])
 def test_a_run_under_faults_keeps_every_promise(seed: int, tmp_path: Path) -> None:
     headline, (row,) = chaos("--runs", "1", "--seed", str(seed), "--folder", str(tmp_path / "results"))
     assert row["violations"] == [] and headline["violations"] == 0

@@ -47,7 +47,7 @@ def test_a_world_model_is_fitted_measured_and_shown(
     fit = ["dream", "fit", train, "--out", out, "--model", reader, "--max-tokens", 4000, "--device", "cpu"]
     fit += ["--dtype", "fp32", "--lr", "3e-3", "--batch-size", 4, "--microbatch-tokens", 4000, "--checkpoint-every", 1]
     found = shoal(capsys, *fit, "--examples", 12, "--judging", 0.25, "--heldout", 0.1)
-    assert (found["episodes"], found["transitions_there"], found["examples"], found["steps"]) == (5, 18, 12, 3)
+    assert (found["episodes"], found["transitions_there"], found["examples"], found["steps"]) == (5, 16, 12, 3)
     assert found["examples_too_long"] == 0 and found["question_tokens_max"] > found["answer_tokens_mean"] > 50
     examples = [json.loads(line) for line in (out / "examples.jsonl").read_text().splitlines()]
     assert sum(one["completion"] in ("yes", "no") for one in examples) == 3
