@@ -48,7 +48,7 @@ def tables(model: Path, runs: Path, **changes: Any) -> dict[str, Any]:
         "learner__checkpoint_every": 50,
         "workers__count": 1,
         "workers__cache_tokens": 8192,
-        "memory": {"recall": True, "entries": 1, "max_tokens": 64, "share": 0.5},
+        "memory": {"recall": True, "entries": 1, "max_tokens": 512, "share": 0.5},
         "serving": {"port": 0},
         "output": {"plots": False},
         "loop": loop,
