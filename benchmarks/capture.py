@@ -3,6 +3,7 @@
     shoal bench capture --json
     shoal bench capture -- --only openai --steps 10
     shoal bench capture -- --model tiny                 two minutes, to see that everything works
+    shoal bench capture -- --folder results             goes on where it was stopped: an agent's row is kept there
 
 Each agent is a script (`_agent_openai.py`, one call; `_agent_langgraph.py`, two) run out of process by the Python of an
 environment of its own; `env = "external"` is all that binds it to the run. Both learn the demo's sums from the demo's
@@ -121,7 +122,12 @@ def trained(agent: str, model: str, folder: Path, given: argparse.Namespace) -> 
         _end(process)
     if process.returncode != 0:
         raise RunError(f"The run of {agent} ended with {process.returncode}.", f"It said: {log.read_text()[-1500:]}")
-    return _row(agent, json.loads(out), run, given)
+    row = _row(agent, json.loads(out), run, given)
+    if (place := _place(agent, given)) is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(json.dumps(row))
+    say(f"{agent}: {row['before']:.3f} to {row['after']:.3f}")
+    return row
 
 
 def _follow(process: subprocess.Popen[bytes], run: Path, until: float) -> None:
@@ -199,12 +205,13 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit-s", type=float, default=1500.0, help="for each agent")
+    parser.add_argument("--folder", type=Path, default=None, help="where rows of finished agents are kept")
     parser.add_argument("--keep", action="store_true", help="keep the runs' folder")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="shoal-capture-"))
     try:
         model = str(tiny_model(folder / "model")) if given.model == "tiny" else "embedded"
-        rows = [trained(agent, model, folder, given) for agent in given.only]
+        rows = [_kept(agent, given) or trained(agent, model, folder, given) for agent in given.only]
     finally:
         if not given.keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -213,6 +220,16 @@ def main() -> None:
         keys = ("before", "after", "gain", "gain_low", "gain_high", "calls", "ratio_max", "void")
         headline |= {f"{row['agent']}_{key}": row[key] for key in keys}
     emit(rows, headline)
+
+
+def _place(agent: str, given: argparse.Namespace) -> Path | None:
+    name = f"{agent}-{given.model}-{given.steps}-{given.questions}-{given.seed}.json"
+    return given.folder / name if given.folder is not None else None
+
+
+def _kept(agent: str, given: argparse.Namespace) -> dict[str, Any] | None:
+    place = _place(agent, given)
+    return json.loads(place.read_text()) if place is not None and place.exists() else None
 
 
 if __name__ == "__main__":
