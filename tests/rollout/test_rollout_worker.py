@@ -205,6 +205,10 @@ async def test_the_runs_end_cuts_off_what_nobody_needs(make_run: Make) -> None:
             await acting
 
 
+def joined(run: Any) -> list[dict[str, Any]]:
+    return [e for e in events(run, "node.joined") if e["role"] == "worker"]
+
+
 async def test_a_coordinator_that_comes_back_is_joined_again(make_run: Make) -> None:
     run = await make_run(run__steps=50)
     async with run.worker("ann") as worker:
@@ -217,10 +221,11 @@ async def test_a_coordinator_that_comes_back_is_joined_again(make_run: Make) -> 
         await run.publish(1)
         assert (await run.batch(0)).episodes and (await run.batch(1)).episodes
         assert run.control.consumption.by_name == {"ann": 24}
+        # What was trained may all have come before the stop; whoever asks for more has to join again.
+        await until(lambda: len(joined(run)) == 2)
         worker.stop()
         await acting
-    joined = [e for e in events(run, "node.joined") if e["role"] == "worker"]
-    assert len(joined) == 2 and len({e["node"] for e in joined}) == 1
+    assert len(joined(run)) == 2 and len({e["node"] for e in joined(run)}) == 1
 
 
 async def test_questions_asked_at_once_introduce_a_node_once(make_run: Make) -> None:

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 
 from shoal.errors import NetworkError
 from shoal.fabric.errors import RemoteError
+from shoal.fabric.waits import ENDLESS_S, waiting
 from shoal.learner.claims import ClaimChecker
 from shoal.protocol.trust import AuditReply, AuditRequest, Claim, Finding
 
@@ -116,7 +117,8 @@ class Auditor:
         findings: tuple[Finding, ...] = ()
         while True:
             try:
-                reply = await self._ask(AuditRequest(findings=findings))
+                with waiting("episodes to check", whom="coordinator", until="there are some", usual_s=ENDLESS_S):
+                    reply = await self._ask(AuditRequest(findings=findings))
             except NetworkError as error:
                 if isinstance(error, RemoteError) and error.kind == "refused":
                     raise
