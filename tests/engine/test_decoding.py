@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -137,3 +140,24 @@ def test_a_model_decodes_as_its_general_pass_does(
         assert general.shape == compiled.shape
         relative = (general.float() - compiled.float()).norm() / general.float().norm()
         assert relative < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize(("start", "first_slot"), [(31, 0), (-1, 0), (0, 4)])
+def test_what_is_not_in_the_cache_is_not_touched(start: int, first_slot: int, plain: Path) -> None:
+    """Two tokens at a cache of 4 rows of 32 positions; kernels themselves look at no bounds."""
+    decoder = make_decoder(plain)
+    cache = make_cache(decoder)
+    cache.reserve(4, 32, 0)
+    with pytest.raises(IndexError, match="not in the cache"):
+        decoder.forward(torch.tensor([[5, 6]]), torch.tensor([start]), cache, first_slot=first_slot)
+
+
+@pytest.mark.slow
+def test_kernels_work_where_nothing_can_be_kept() -> None:
+    code = (
+        "import numpy as n; from shoal.engine import kernels as k; o = n.ones((1, 2), 'f4')\n"
+        "k.gate(n.zeros((1, 4), 'f4'), o); print(o.sum())"
+    )
+    env = {**os.environ, "NUMBA_CACHE_DIR": "/proc/nowhere"}
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=100)
+    assert found.stdout.strip() == "0.0", found.stderr

@@ -98,7 +98,7 @@ async def test_weights_change_under_what_is_alive(
 ) -> None:
     other = make_checkpoint(tmp_path / "other", PLAIN, seed=9, num_hidden_layers=5)
     references = {0: deep_reference, 1: reference(other), 2: deep_reference}
-    asked = [SampleRequest(p, SamplingParams(max_tokens=40, temperature=0)) for p in PROMPTS]
+    asked = [SampleRequest(p, SamplingParams(max_tokens=80, temperature=0)) for p in PROMPTS]
     async with ring_of(deep, [2], prefix_tokens=prefix_tokens) as ring:
         ring.engine.tokenizer.end_ids = frozenset()
 
@@ -121,7 +121,7 @@ async def test_weights_change_under_what_is_alive(
         assert ring.engine.version == 2
         again = await ring.engine.sample(asked[0])
     assert {version for each in found for version in each.versions} == {0, 1, 2}
-    assert len({len(set(each.versions)) for each in found}) > 1 or len(set(found[0].versions)) > 1
+    assert any(len(set(each.versions)) > 1 for each in found), "nobody was alive when weights changed"
     for request, completion in zip([*asked, asked[0]], [*found, again], strict=True):
         assert_greedy_under_its_version(references, request.prompt_ids, completion)
     assert set(again.versions) == {2}

@@ -4,7 +4,8 @@ The same numbers as the general pass of `model`, which serves prompts, trees of 
 rounding; in bf16 with fewer roundings in between. Where a batch decodes, torch took nearly half of the time for what
 is not a matrix product, so this is worth a pass of its own.
 
-Invariant: reads and writes of row b's cache stay below position start[b] + T; the caller has reserved it.
+Invariant: reads and writes of row b's cache stay below position start[b] + T, which the caller has reserved; where it
+has not, nothing is touched.
 """
 
 from __future__ import annotations
@@ -79,6 +80,9 @@ def decode(
     attend, add_norm, gate = _kernels(heads // kv_heads, dim)
     scale, eps = np.float32(dim**-0.5), np.float32(arch.norm_eps)
     starts = start_B.numpy()
+    # Kernels look at no bounds: what is wrong here would be written over somebody's memory.
+    if starts.min() < 0 or starts.max() + width > cache.capacity or first_slot + batch > cache.num_slots:
+        raise IndexError(f"rows {first_slot} to {first_slot + batch} at {starts.tolist()} are not in the cache.")
     cos, sin = (as_array(angle.reshape(batch, width, dim)) for angle in angles)
     # Whoever gave the hidden states, or observes them, may keep them.
     hidden = hidden_BTH.clone(memory_format=torch.contiguous_format)
