@@ -138,11 +138,12 @@ def test_no_impossible_token_is_ever_drawn(
 def test_the_ends_of_the_unit_interval_give_the_first_and_the_last_possible_token(
     row: list[float], uniform: float
 ) -> None:
-    relative = torch.tensor(row) - max(row)
-    possible = (relative.exp() > 0).nonzero()[:, 0]
     (token,), _ = sample(torch.tensor([row]), [SamplingParams()], [uniform])
     if uniform == 0.0:
-        assert token == int(possible[0])
+        # A weight below or close to the smallest normal fp32 number may count or may be taken for nothing.
+        weights = (torch.tensor(row) - max(row)).double().exp()
+        assert token <= int((weights > 2e-38).nonzero()[0, 0])
+        assert weights[token] > 1e-46
     else:
         # All that lies behind weighs less than what rounding may lose.
         assert float(torch.softmax(torch.tensor(row).double(), -1)[token + 1 :].sum()) < 1e-6
