@@ -76,6 +76,67 @@ def _link_key(machine: Machine) -> tuple[str, float]:
     return machine.region, math.inf if math.isinf(rate) else round(2 * math.log2(rate))
 
 
+class Publications:
+    """Snapshots on their way to the link classes: one at a time, and of those that wait only the newest follows."""
+
+    def __init__(self, scenario: Scenario, links: Links, ledger: Ledger) -> None:
+        self._scenario = scenario
+        self._links = links
+        self._ledger = ledger
+        self._spreading = False
+        self._next: int | None = None
+        self.took_s: list[float] = []
+        """Of each: until the last link class with an active worker had it."""
+
+    @property
+    def mean_s(self) -> float:
+        """Mean time that a snapshot took; 0 before the first."""
+        return sum(self.took_s) / len(self.took_s) if self.took_s else 0.0
+
+    def arrival_s(self, link: int, active: Sequence[bool], now: float) -> float:
+        """Seconds until a link class has what is published now, which the active machines pass on."""
+        return self._links.arrival_s(link, self._common_s(active), now)
+
+    def publish(self, version: int, active: Sequence[bool], now: float) -> list[tuple[int, float, float]]:
+        """Begin to spread a version: of each link class the seconds that it stalls and until it has it.
+
+        Nothing, if another version is spreading: then this one follows it.
+        """
+        if self._spreading:
+            self._next = version
+            return []
+        links, common_s = self._links, self._common_s(active)
+        used = {links.of[i] for i, is_active in enumerate(active) if is_active}
+        last_s, spread = 0.0, []
+        for link in range(len(links)):
+            arrival_s = links.arrival_s(link, common_s, now)
+            stall_s = self._scenario.stall * arrival_s
+            if link in used:
+                last_s = max(last_s, arrival_s)
+            if stall_s > 0:
+                links.stalled_s[link] += stall_s
+                links.resumes_at[link] = now + stall_s
+            spread.append((link, stall_s, arrival_s))
+        self._spreading = True
+        self.took_s.append(last_s)
+        for machine, is_active in zip(self._scenario.machines, active, strict=True):
+            if is_active and self._scenario.egress_usd_per_byte:
+                self._ledger.sent(machine.id, self._scenario.snapshot_bytes)
+        return spread
+
+    def over(self) -> int | None:
+        """All have the last version; gives the one to publish next, if any waits."""
+        version, self._next, self._spreading = self._next, None, False
+        return version
+
+    def _common_s(self, active: Sequence[bool]) -> float:
+        s = self._scenario
+        if s.bcast_s is not None:
+            return s.bcast_s
+        uplinks = [m.uplink_bytes_per_s for m, is_active in zip(s.machines, active, strict=True) if is_active]
+        return common_s(s.snapshot_bytes, s.source_bytes_per_s, uplinks)
+
+
 def demand(s: Scenario, active: Sequence[Offer], train_s: float | None, slow_s: float) -> Load:
     """What the run asks of `active` workers, by what was measured of T_train and of slow leases, if anything was."""
     bcast_s = s.bcast_s
@@ -108,6 +169,22 @@ def offers_of(
         for m, there in zip(s.machines, present, strict=True)
         if there
     ]
+
+
+@dataclass
+class Mean:
+    """The mean of what was added; 0 of nothing."""
+
+    total: float = 0.0
+    number: int = 0
+
+    def add(self, value: float) -> None:
+        self.total += value
+        self.number += 1
+
+    @property
+    def mean(self) -> float:
+        return self.total / max(1, self.number)
 
 
 @dataclass
@@ -156,6 +233,11 @@ class Means:
         """How long it counted."""
         assert self.began_at is not None and self.ended_at is not None
         return self.ended_at - self.began_at
+
+
+def step_s(s: Scenario, random: np.random.Generator) -> float:
+    """What the next training step takes."""
+    return s.train_s * (math.exp(s.train_sigma * random.standard_normal()) if s.train_sigma else 1.0)
 
 
 def stretches(scenario: Scenario, random: np.random.Generator) -> Iterator[float]:

@@ -33,8 +33,7 @@ from shoal.planning.pacing import Pacer
 from shoal.planning.queue import GroupQueue
 from shoal.planning.rates import RateMeter
 from shoal.planning.scenario import Outcome, Scenario
-from shoal.planning.simulated import Links, Means, Work, demand, offers_of, stretches
-from shoal.planning.spreading import common_s
+from shoal.planning.simulated import Links, Mean, Means, Publications, Work, demand, offers_of, step_s, stretches
 
 LEARNER = "learner"
 
@@ -80,21 +79,14 @@ class Simulator:
         self._trained_s = 0.0
         self._done: dict[int, tuple[int, float]] = {}
         """Buffered leases: version and duration."""
-        self._kept_s: list[float] = [0.0, 0.0]
-        self._swept_s: list[float] = [0.0, 0.0]
+        self._kept, self._swept = Mean(), Mean()
         self._attempts = 0
         self._pace_timer = math.inf
-        self._spreading = False
-        self._next_version: int | None = None
-        self._bcasts: list[float] = []
-        self._make_workers()
-
-    def _make_workers(self) -> None:
-        machines = self.scenario.machines
-        n = len(machines)
+        self.publications = Publications(scenario, self.links, self.ledger)
+        n = len(s.machines)
         self.active, self.ready, self.present = [False] * n, [False] * n, [True] * n
         self.busy, self.life, self.stamp = [0] * n, [0] * n, [0] * n
-        self.index = {m.id: i for i, m in enumerate(machines)}
+        self.index = {m.id: i for i, m in enumerate(s.machines)}
         assert len(self.index) == n, "machines share an id"
         self.idle: list[deque[tuple[int, int]]] = [deque() for _ in range(len(self.links))]
         self._needed_rate = 0.0
@@ -114,7 +106,7 @@ class Simulator:
         self._replan()
         self._ask()
         handlers: tuple[Callable[[Any], None], ...] = (
-            self._finish, self._trained, self._arrived, self._spread, self._wake,
+            self._finish, self._trained, self._arrived, self._spread, self._dispatch,
             self._pace, self._lose, self._seen, self._return, self._join,
         )  # fmt: skip
         most_events = EVENTS_PER_LEASE * s.steps * s.leases_per_step + 100 * len(s.machines) + BASE_EVENTS
@@ -268,7 +260,7 @@ class Simulator:
             (self.ledger.park if machine.committed else self.ledger.release)(machine.id, self.now)
             return
         self.ledger.activate(machine.id, self.now)
-        fetch_s = 0.0 if self.now == 0 else self.links.arrival_s(self.links.of[worker], self._common_s(), self.now)
+        fetch_s = 0.0 if self.now == 0 else self.publications.arrival_s(self.links.of[worker], self.active, self.now)
         self._at(self.now + fetch_s, JOINED, (worker, self.stamp[worker]))
         if machine.losses_per_hour > 0:
             lost_after_s = self._random.exponential(HOUR_S / machine.losses_per_hour)
@@ -323,8 +315,7 @@ class Simulator:
         numbers, swept = self.queue.take(self.step)
         for number in swept:
             _, duration_s = self._done.pop(number)
-            self._swept_s[0] += duration_s
-            self._swept_s[1] += 1
+            self._swept.add(duration_s)
         self._window_end = math.inf
         if numbers is None:
             if len(self.queue.buffered) >= self.scenario.leases_per_step:
@@ -339,15 +330,11 @@ class Simulator:
             self.outcome.violations += age > self.scenario.max_staleness
             if self.means.measuring:
                 self.outcome.staleness[age] += 1
-                self._kept_s[0] += duration_s
-                self._kept_s[1] += 1
+                self._kept.add(duration_s)
         if self.means.began_at is None and self.step >= self._warm_steps:
             self.means.begin(self.now)
-        noise = (
-            math.exp(self.scenario.train_sigma * self._random.standard_normal()) if self.scenario.train_sigma else 1.0
-        )
         self._busy_from = self.now
-        self._at(self.now + self.scenario.train_s * noise, TRAINED)
+        self._at(self.now + step_s(self.scenario, self._random), TRAINED)
 
     def _trained(self, _: object) -> None:
         if self.means.measuring:
@@ -366,32 +353,17 @@ class Simulator:
     # Publication
 
     def _publish(self, version: int) -> None:
-        if self._spreading:
-            self._next_version = version
-            return
-        common, last = self._common_s(), 0.0
-        used = {self.links.of[i] for i, active in enumerate(self.active) if active}
-        for link in range(len(self.links)):
-            arrival_s = self.links.arrival_s(link, common, self.now)
-            stall_s = self.scenario.stall * arrival_s
-            if link in used:
-                last = max(last, arrival_s)
+        spread = self.publications.publish(version, self.active, self.now)
+        for link, stall_s, arrival_s in spread:
             if stall_s > 0:
-                self.links.stalled_s[link] += stall_s
-                self.links.resumes_at[link] = self.now + stall_s
                 self._at(self.now + stall_s, WAKE, link)
             self._at(self.now + arrival_s, ARRIVED, (link, version))
-        self._spreading = True
-        self._bcasts.append(last)
-        self._at(self.now + last, SPREAD)
-        for machine, active in zip(self.scenario.machines, self.active, strict=True):
-            if active and self.scenario.egress_usd_per_byte:
-                self.ledger.sent(machine.id, self.scenario.snapshot_bytes)
+        if spread:
+            self._at(self.now + self.publications.took_s[-1], SPREAD)
 
     def _spread(self, _: object) -> None:
-        self._spreading = False
-        if self._next_version is not None:
-            version, self._next_version = self._next_version, None
+        version = self.publications.over()
+        if version is not None:
             self._publish(version)
 
     def _arrived(self, what: tuple[int, int]) -> None:
@@ -399,21 +371,12 @@ class Simulator:
         self.links.held[link] = max(self.links.held[link], version)
         self._dispatch(link)
 
-    def _wake(self, link: int) -> None:
-        self._dispatch(link)
-
-    def _common_s(self) -> float:
-        if self.scenario.bcast_s is not None:
-            return self.scenario.bcast_s
-        uplinks = [m.uplink_bytes_per_s for m, a in zip(self.scenario.machines, self.active, strict=True) if a]
-        return common_s(self.scenario.snapshot_bytes, self.scenario.source_bytes_per_s, uplinks)
-
     # The end
 
     def _conclude(self) -> Outcome:
         out, s, means, measured = self.outcome, self.scenario, self.means, self.means.measured_s
         out.steps, out.elapsed_s, out.interval, out.events = self.step, self.now, self.interval, self._num_events
-        out.bcast_s = sum(self._bcasts) / len(self._bcasts) if self._bcasts else 0.0
+        out.bcast_s = self.publications.mean_s
         out.utilisation = self._trained_s / measured
         out.step_s = measured / (self._cool_step - self._warm_steps)
         out.active_rate, out.active_workers = means.rate_s / measured, means.active_s / measured
@@ -424,8 +387,8 @@ class Simulator:
         out.counts.update(self.book.counts)
         out.counts.update({name: self.queue.counts[name] for name in ("consumed", "swept")})
         out.counts.update(running=self.book.num_running, buffered=len(self.queue.buffered))
-        out.mean_duration_kept_s = self._kept_s[0] / max(1.0, self._kept_s[1])
-        out.mean_duration_swept_s = self._swept_s[0] / max(1.0, self._swept_s[1])
+        out.mean_duration_kept_s = self._kept.mean
+        out.mean_duration_swept_s = self._swept.mean
         out.usd, out.idle_usd = self.ledger.usd(self.now), self.ledger.idle_usd(self.now)
         out.egress_usd = self.ledger.egress_usd
         out.worker_usd = out.usd - out.egress_usd - self.ledger.accounts[LEARNER].rental_usd(self.now)
