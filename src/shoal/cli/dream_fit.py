@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 from shoal.cli.claimed import claim
 from shoal.cli.output import console, note, print_json
 from shoal.cli.parameters import Flag, Json
+from shoal.cli.tuning import WorldTuning, fine_tune
 from shoal.errors import ConfigError
 
 if TYPE_CHECKING:
     from shoal.envs.dream.dataset import Example
 
 EXAMPLES = "examples.jsonl"
+USUAL = WorldTuning()
 
 
 def fit(
@@ -24,24 +26,11 @@ def fit(
     model: str = "embedded",
     examples: int = 3400,
     judging: float = 0.12,
-    epochs: int = 1,
-    batch_size: int = 8,
-    lr: float = 2e-4,
-    warmup_steps: int = 20,
-    lr_schedule: str = "linear",
-    max_tokens: int = 1024,
     page_tokens: int = 288,
     link_tokens: int = 96,
     field_tokens: int = 96,
     done_tokens: int = 256,
-    lora_rank: int = 0,
-    dtype: str = "bf16",
-    microbatch_tokens: int = 2048,
-    heldout: float = 0.02,
-    checkpoint_every: int = 50,
-    seed: int = 0,
-    threads: int = 1,
-    device: str = "auto",
+    tuning: WorldTuning = USUAL,
     resume: Flag = False,
     json: Json = False,
 ) -> None:
@@ -62,50 +51,21 @@ def fit(
         model: embedded, a directory, a .gguf file or a hub name.
         examples: At most so many, drawn by the seed.
         judging: Share of them that asks whether a task is done.
-        epochs: Times that every example is learnt.
-        batch_size: Examples of one optimizer step.
-        lr: Peak learning rate of AdamW.
-        warmup_steps: Steps over which the learning rate rises.
-        lr_schedule: constant, linear or cosine, after the warm-up.
-        max_tokens: Longer examples are left out.
         page_tokens: About how many tokens of a page are shown for an act that may change it.
         link_tokens: The same for a click on a link.
         field_tokens: The same for an act that fills in a field.
         done_tokens: The same of the last page, for the question whether a task is done.
-        lora_rank: Train adapters of this rank instead of all weights; 0 trains all.
-        dtype: bf16 or fp32.
-        microbatch_tokens: Tokens of one pass; lower it where memory is short, the result stays the same.
-        heldout: Share of the examples that is only measured, by its likelihood.
-        checkpoint_every: Steps between checkpoints; 0 writes only the last one.
-        seed: Of what is drawn, the order, and what is held out.
-        threads: CPU threads.
-        device: auto, cpu, cuda or cuda:N.
         resume: Go on from the newest checkpoint in the folder.
     """
     if not data:
         raise ConfigError("there is nothing to learn from.", "Name folders that shoal dream collect wrote.")
-    if min(examples, epochs, batch_size) < 1 or not 0 <= judging < 1 or not 0 <= heldout < 1:
-        raise ConfigError(
-            "--examples, --epochs and --batch-size must be at least 1, --judging and --heldout a share below 1."
-        )
-    if dtype not in ("bf16", "fp32"):
-        raise ConfigError(f"--dtype {dtype} is neither bf16 nor fp32.")
-    from shoal.cli.sft import fine_tune, learner_settings
+    if examples < 1 or not 0 <= judging < 1:
+        raise ConfigError("--examples must be at least 1, --judging a share below 1.")
+    tuning.check()
     from shoal.envs.base import parse_settings
     from shoal.envs.dream.prompt import Sight
     from shoal.envs.dream.world import CARD
 
-    table: dict[str, Any] = {
-        "mode": "colocated",
-        "lr": lr,
-        "warmup_steps": warmup_steps,
-        "lr_schedule": lr_schedule,
-        "microbatch_tokens": microbatch_tokens,
-        "threads": threads,
-        "device": device,
-        **({"lora": {"rank": lora_rank}} if lora_rank else {}),
-    }
-    settings = learner_settings(table)
     given = {
         "page_tokens": page_tokens,
         "link_tokens": link_tokens,
@@ -120,18 +80,12 @@ def fit(
         "sight": sight.model_dump(),
         "examples": examples,
         "judging": judging,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "max_tokens": max_tokens,
         "min_reward": 1.0,
-        "heldout": heldout,
-        "dtype": dtype,
-        "seed": seed,
-        "learner": {**table, "threads": None, "device": None},
+        **tuning.facts(),
     }
     claim(out, CARD, what, resume=resume)
     counts = _write_examples(list(data), out / EXAMPLES, what)
-    result = {**counts, **fine_tune(out, what, settings, checkpoint_every), "world": str(out)}
+    result = {**counts, **fine_tune(out, model, out / EXAMPLES, 1.0, tuning), "world": str(out)}
     if json:
         print_json(result)
         return
