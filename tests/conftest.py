@@ -23,8 +23,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Machines that run tests are busy: a slow example is no finding.
-settings.register_profile("shoal", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("shoal")
+settings.register_profile("all", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# The quick tests judge a change by the same examples every time; `make test-all` looks for new ones.
+settings.register_profile("quick", settings.get_profile("all"), max_examples=50, derandomize=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose how hypothesis behaves."""
+    settings.load_profile("quick" if config.getoption("markexpr") == "not slow" else "all")
 
 
 @pytest.fixture

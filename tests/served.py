@@ -38,6 +38,7 @@ class Served:
         self.coordinator: Coordinator
         self.fabric: Fabric
         self._port = 0
+        self._has_learner = True
         self._stack = AsyncExitStack()
         self._nodes = AsyncExitStack()
 
@@ -49,7 +50,8 @@ class Served:
         self.coordinator = Coordinator(self.config, self.control, self.run, self.fabric, self.admission)
         await self.coordinator.start()
         self._stack.push_async_callback(self.coordinator.close)
-        self.control.stepped(StepReport(version=0, metrics={}, manifest=b"signed"), {})
+        if self._has_learner:
+            self.control.stepped(StepReport(version=0, metrics={}, manifest=b"signed"), {})
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -57,8 +59,9 @@ class Served:
         await self._stack.aclose()
         self.run.close()
 
-    async def restart(self) -> None:
-        """As a killed coordinator that comes back; nodes stay as they are."""
+    async def restart(self, *, learner: bool = True) -> None:
+        """As a killed coordinator that comes back, with or without its learner; nodes stay as they are."""
+        self._has_learner = learner
         await self._stack.aclose()
         self._stack = AsyncExitStack()
         self.run.close()

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 from shoal.agents.collective.answers import canonical, is_right
 from shoal.agents.collective.baselines import central, direct, majority, self_consistency
+from shoal.agents.collective.executor import offer_to
 from shoal.agents.collective.node import CollectiveNode
 from shoal.agents.collective.sharing import OwnEntries
 from shoal.agents.collective.work import StepFailed, SubTask, Work
 from shoal.errors import StorageError
 from shoal.fabric.fabric import Fabric
+from shoal.protocol.collective import Place, Take
 from shoal.protocol.episode import Task
 from shoal.protocol.ledger import Contribution
 
@@ -91,6 +93,16 @@ async def test_a_step_goes_to_the_next_when_its_executor_dies_or_fails(stack: As
 
     await eventually(lambda: standing("victim") < 1.0 and standing("bad") < 1.0)
     assert standing("good") == 1.0
+
+
+async def test_who_answers_nonsense_has_not_taken_the_step() -> None:
+    class Nonsense:
+        async def request(self, *_: object, **__: object) -> bytes:
+            return b"\xc1"
+
+    key = identity("liar").public_key
+    take = Take(place=Place("0" * 32, "0" * 32, 0), planner=key, lease_s=1.0)
+    assert not await offer_to(Nonsense(), key, take)  # type: ignore[arg-type]
 
 
 async def test_calibration_finds_who_lies_and_the_vote_believes_the_others(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from shoal.agents.scheduler.guards import Guards, at_most, without
 from shoal.agents.scheduler.policy import Decided, PolicyError, ScriptedPolicy, View
-from shoal.agents.scheduler.records import Budget, Decision, RunRequest, Spent
+from shoal.agents.scheduler.records import Budget, Decision, RunEvent, RunRequest, Spent
 from shoal.agents.tools.card import Use
-from shoal.errors import CapacityError, ConfigError, RecordError, RunError
+from shoal.errors import CapacityError, ConfigError, RecordError, RunError, StorageError
 
 
 async def test_many_calls_at_once_their_results_and_an_answer(tmp_path: Path) -> None:
@@ -206,6 +207,27 @@ async def test_a_model_that_hangs_is_given_up_when_the_time_is_over(tmp_path: Pa
     async with House(tmp_path, [tool(add)], ScriptedPolicy(hang), answer_grace_s=0.1) as house:
         events = await house.run(budget=Budget(seconds=0.1))
     assert events[-1].data["reason"] == "budget"
+
+
+async def test_a_log_that_takes_nothing_stops_a_run_also_when_its_clock_finds_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(_: View) -> Decision:
+        await asyncio.sleep(99)
+        return answer("never")
+
+    async with House(tmp_path, [tool(add)], ScriptedPolicy(hang)) as house:
+        append = house.log.append
+
+        def full(events: Sequence[RunEvent]) -> None:
+            if any(event.kind == "budget" for event in events):
+                raise StorageError("the disk is full.")
+            append(events)
+
+        monkeypatch.setattr(house.log, "append", full)
+        with pytest.raises(StorageError):
+            async with asyncio.timeout(10):
+                await house.run(budget=Budget(seconds=0.1))
 
 
 async def test_unusable_decisions_are_told_and_three_in_a_row_end_the_run(tmp_path: Path) -> None:

@@ -224,6 +224,28 @@ async def test_interrupted_fetch_continues(
     assert resumed.bytes_fetched < 60_000
 
 
+async def test_what_came_of_a_version_that_never_came_whole_is_dropped(
+    source: Source, node: Fabric, learner: Identity, make_store: MakeStore, make_tensors: MakeTensors
+) -> None:
+    publish(source, learner, 1, make_tensors(1))
+    mine = make_store("mine")
+    fetcher = fetcher_of(node, mine, source, keep=1)
+
+    class Interrupt(RuntimeError):
+        pass
+
+    def stop_early(progress: Progress) -> None:
+        if progress.bytes_done > 50_000:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        await fetcher.fetch(on_progress=stop_early)
+    publish(source, learner, 2, make_tensors(2))
+    whole = (await fetcher.fetch()).published.manifest.whole
+    assert whole is not None
+    assert {path.name for path in (mine.directory / "chunks").glob("??/*")} == {d.hex() for d in whole.chunks}
+
+
 async def test_announcement_reaches_subscribers(
     source: Source, node: Fabric, learner: Identity, make_tensors: MakeTensors
 ) -> None:

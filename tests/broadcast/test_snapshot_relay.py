@@ -278,6 +278,24 @@ async def test_strangers_and_too_many_links_are_turned_away(make_store: MakeStor
         await relay.close()
 
 
+async def test_a_chunk_that_is_wanted_again_and_again_counts_each_time(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is to be sent is bounded, not only the kinds of it."""
+    monkeypatch.setattr("shoal.broadcast.relay.MAX_WANTED", 100)
+    store = hasty(make_store("s"))
+    digest = store.put_chunk(bytes(2**20))
+    relay = Relay(Identity.generate(), store)
+    link = await dial(Identity.generate(), await relay.start())
+    try:
+        await link.send_digests(Kind.WANT, [digest] * 101)
+        with pytest.raises(NetworkError):
+            await link.receive()
+    finally:
+        link.close()
+        await relay.close()
+
+
 async def test_links_that_take_nothing_hold_up_nobody(make_store: MakeStore) -> None:
     """More of them than may send at once; each loses its turn."""
     store = hasty(make_store("s"))

@@ -113,7 +113,7 @@ def test_what_is_revoked_stays_so_over_a_restart(run: RunDir) -> None:
     door = Admission.of(run)
     secret, now = secret_of(door, uses=9), time.time()
     assert admit(door, asks(ANN, run, secret)) is None and admit(door, asks(BOB, run, secret)) is None
-    reply, signed = door.revoke(RevokeRequest(nodes=("ann",)), {"ann": ANN.public_key}, now)
+    reply, signed = door.revoke(RevokeRequest(nodes=("ann",)), {"ann": {ANN.public_key}}, now)
     assert reply.nodes == (ANN.node_id,) and reply.open_invitations == 1 and signed is not None
     for each in (door, Admission.of(run)):
         assert admit(each, asks(ANN, run, secret)) == "revoked"
@@ -142,6 +142,18 @@ def test_nothing_is_changed_by_a_revocation_that_names_a_stranger(run: RunDir) -
     with pytest.raises(RunError, match="knows no node nobody"):
         door.revoke(RevokeRequest(nodes=(ANN.node_id, "nobody")), {}, time.time())
     assert door.grants.is_granted(ANN.public_key, time.time()) and not (run.path / REVOCATIONS).exists()
+
+
+def test_a_node_that_calls_itself_as_another_is_not_taken_for_it(run: RunDir) -> None:
+    door = Admission.of(run)
+    secret = secret_of(door, uses=2)
+    assert admit(door, asks(ANN, run, secret)) is None and admit(door, asks(BOB, run, secret)) is None
+    names = {name: {ANN.public_key, BOB.public_key} for name in ("ann", BOB.node_id)}
+    with pytest.raises(RunError, match="several nodes call themselves ann"):
+        door.revoke(RevokeRequest(nodes=("ann",)), names, time.time())
+    assert not (run.path / REVOCATIONS).exists()
+    reply, _ = door.revoke(RevokeRequest(nodes=(BOB.node_id,)), names, time.time())
+    assert reply.nodes == (BOB.node_id,), "an id stays one, whoever takes it for a name"
 
 
 def test_an_older_request_played_again_does_nothing(run: RunDir) -> None:

@@ -168,13 +168,15 @@ def test_missing_episodes_are_void(tmp_path: Path, sent: int) -> None:
 
 
 def test_more_episodes_than_were_leased_change_nothing(tmp_path: Path) -> None:
-    control = make(tmp_path)
+    control = make(tmp_path, rollout__groups_per_step=1)
     control.stepped(report(0, metrics=False), {})
     held = lease(control)
     honest = submission(held, "ann")
-    more = replace(honest, episodes=(*honest.episodes, honest.episodes[0]))
+    praise = replace(honest.episodes[0], id="unleased", reward=1e6, worker="bob")
+    more = replace(honest, episodes=(*honest.episodes, praise))
     assert submit(control, more) == {"accepted": 4}
     assert control.book.counts["accepted"] == 4 and control.book.is_conserved
+    assert control.batch(0, 0.0).episodes == honest.episodes, "nobody has looked at what comes beyond"
 
 
 def test_late_repeated_and_foreign_submissions_change_nothing(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from shoal.config import config_from
 from shoal.coordinator import tracker
 from shoal.coordinator.rundir import RunDir
 from shoal.errors import ConfigError
+from tiny import tiny_config, tiny_model, write_config
+
+__all__ = ["tiny_model"]
 
 TABLES = {"envs": {"arithmetic": {"type": "arithmetic"}}}
 
@@ -95,3 +98,37 @@ def test_trackio_keeps_them_on_this_machine(tmp_path: Path) -> None:
     with sqlite3.connect(file) as database:
         rows = [json.loads(row[0]) for row in database.execute("SELECT metrics FROM metrics ORDER BY id")]
     assert {"reward": 0.5} in rows and {"heldout/strict": 0.75} in rows
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
+def test_a_whole_run_is_tracked(name: str, tmp_path: Path, tiny_model: Path) -> None:
+    """From the command line to the tracker's own files: each number of `metrics.jsonl`, under its step."""
+    if find_spec(tracker.PACKAGES[name]) is None:
+        pytest.skip(f"needs {name}: pip install 'shoal[{name}]'")
+    changes = {"run__steps": 2, "workers__count": 1, "rollout__groups_per_step": 1, "output__tracker": name}
+    config = write_config(tmp_path / "tiny.toml", tiny_config(tiny_model, tmp_path / "runs", **changes))
+    environment = os.environ | {
+        "SHOAL_HOME": str(tmp_path / "home"),
+        "HF_HUB_OFFLINE": "1",
+        "TRACKIO_DIR": str(tmp_path / "tracked"),
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_MODE": "offline",
+    }
+    command = [sys.executable, "-m", "shoal.cli", "train", str(config), "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=380)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("step", line.get("version")) for line in lines] == [0, 1, 2, 2]
+    if name == "trackio":
+        (file,) = (tmp_path / "tracked").glob("shoal*.db")
+        with sqlite3.connect(file) as database:
+            rows = database.execute("SELECT step, metrics FROM metrics").fetchall()
+        kept = {(step, key) for step, metrics in rows for key in json.loads(metrics)}
+        assert kept == {(step, key) for line in lines for step, told in [tracker.numbers_of(line)] for key in told}
+        return
+    (file,) = tmp_path.glob("runs/tiny/tensorboard/*" if name == "tensorboard" else "wandb/offline-run-*/*.wandb")
+    written = file.read_bytes()
+    for line in lines:
+        assert all(key.encode() in written for key in tracker.numbers_of(line)[1])

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made import config, new_control, report, submission
+from made import config, new_control, report, submission, turn
 from msgspec.structs import replace
 
+from shoal.coordinator import trust
 from shoal.coordinator.control import Control
 from shoal.coordinator.trust import HOLD_S, MAX_HELD
 from shoal.coordinator.verification import Limits, verdicts
 from shoal.envs.base import Observation
 from shoal.planning.standing import EXCLUDE_AT, FIRST_EXCLUSION_S
+from shoal.protocol.codec import encode
 from shoal.protocol.episode import Episode, Task
 from shoal.protocol.sampling import Grammar
 from shoal.protocol.trust import Claim, Finding
@@ -155,6 +157,41 @@ def test_a_turncoats_unconsumed_groups_are_swept(tmp_path: Path) -> None:
     assert counts["accepted"] == counts["swept"] + len(control.queue.buffered) and counts["swept"] == 3
 
 
+def test_of_groups_that_are_decided_together_none_of_an_excluded_worker_counts(tmp_path: Path) -> None:
+    control = strict(tmp_path, rollout__groups_per_step=8)
+    leases = [hand_in(control, "mallory")[0] for _ in range(int(EXCLUDE_AT) + 1)]
+    lies = {lease.id for lease in leases[:-1]}
+    claims = control.trust.take()
+    assert len(claims) == SIZE * len(leases)
+    findings = [(bad if c.episode.id.partition("/")[0] in lies else good)(c) for c in claims]
+    control.checked(control.trust.found(findings, 0.0), 0.0)
+    assert control.trust.state("mallory", 0.0) == "excluded"
+    assert not control.queue.buffered and control.queue.counts["accepted"] == 0
+    assert control.book.counts["void"] == SIZE and control.book.is_conserved and not control.book.running
+
+
+def test_more_than_was_leased_is_not_held(tmp_path: Path) -> None:
+    control = strict(tmp_path)
+    lease = control.lease("ann", 64, 0.0).lease
+    assert lease is not None
+    honest = submission(lease, "ann")
+    praise = replace(honest.episodes[0], id="unleased", reward=1e6)
+    told = asyncio.run(control.submit(replace(honest, episodes=(*honest.episodes, praise)), "ann", 0.0))
+    assert set(told) == {e.id for e in honest.episodes}
+    assert look(control) == SIZE and list(control.queue.buffered) == [0]
+
+
+def test_claims_fit_a_message_whatever_is_handed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    control = strict(tmp_path)
+    hand_in(control, texts=("7 " * 1000,))
+    whole = control.trust.take()
+    assert len(whole) == SIZE
+    for room, fit in ((1, 1), (2 * len(encode(whole[0])), 2)):
+        monkeypatch.setattr(trust, "BYTES_AT_ONCE", room)
+        assert control.trust.take() == whole[:fit]
+    assert look(control) == SIZE and list(control.queue.buffered) == [0], "each has its turn"
+
+
 def test_a_wrong_reward_costs_standing_too(tmp_path: Path) -> None:
     control = strict(tmp_path)
     now = 0.0
@@ -194,6 +231,7 @@ def _turned(episode: Episode, **changes: Any) -> Episode:
 
 
 LIES: dict[str, tuple[str, Callable[[Episode], Episode]]] = {
+    "long-winded": ("longer than its tokens can say", lambda e: _turned(e, text="7" * 2049)),
     "cut off early": ("had room for 8", lambda e: _turned(e, finish="length")),
     "going back": ("versions go back", lambda e: _turned(e, versions=(1, 0))),
     "another observation": (
@@ -239,6 +277,35 @@ def test_the_grammar_is_the_environments(tmp_path: Path, env: type[FirstDigit], 
     )
     for verdict, played in judged:
         assert (verdict == "rejected") == bool(words) and words in played.problem
+
+
+class Shown(FirstDigit):
+    """Acts in the agent's place, at length."""
+
+    gives = True
+    act = "7 and nothing else"
+
+    async def reset(self, task: Task) -> Observation:
+        return Observation((await super().reset(task)).messages, given=self.act)
+
+
+def test_what_an_environment_gives_may_be_longer_than_what_is_drawn(tmp_path: Path) -> None:
+    control = strict(tmp_path)
+    lease = control.lease("ann", 64, 0.0).lease
+    assert lease is not None
+    length = lease.params.max_tokens + 1
+
+    def judged(given: bool, limits: Limits) -> set[str]:
+        episodes = []
+        for e in submission(lease, "ann", texts=(Shown.act,)).episodes:
+            (first,) = e.turns
+            first = replace(turn(Shown.act, num_tokens=length, observation=first.observation), given=given)
+            episodes.append(replace(e, turns=(first,)))
+        environments = {"digit": Shown(name="digit")}
+        return {v for v, _ in asyncio.run(verdicts(lease, episodes, "ann", 0, limits, environments))}
+
+    assert judged(True, Limits(64, 82)) == {"accepted"}
+    assert judged(False, Limits(64, 82)) == judged(True, Limits(length, 82)) == {"rejected"}
 
 
 def test_random_histories_keep_the_books(tmp_path: Path) -> None:

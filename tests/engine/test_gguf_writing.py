@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,7 @@ from engine_cases import PLAIN, make_checkpoint
 from shoal.engine.gguf_writing import Kind, write_gguf
 from shoal.engine.source import LocalModel, resolve
 from shoal.engine.tokenizer import Tokenizer
-from shoal.errors import ModelError, ShoalError
+from shoal.errors import ModelError, ShoalError, StorageError
 
 TEXT = "Hello, what is 12 + 7? ünïcode <|im_end|>"
 
@@ -52,6 +53,15 @@ def test_what_cannot_be_written_says_so_and_leaves_nothing(tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"tokenizer\.json"):
         write_gguf(model, tmp_path / "other.gguf")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf", "model"]
+
+
+def test_what_cannot_even_be_cleared_up_is_said_in_a_sentence(tmp_path: Path) -> None:
+    """As on a read-only disk, where removing what was never made fails as well: here something else has its name."""
+    model = LocalModel("m", make_checkpoint(tmp_path / "model"))
+    (tmp_path / f".m.gguf.{os.getpid()}").mkdir()
+    with pytest.raises(StorageError, match="cannot be written"):
+        write_gguf(model, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_heads_that_the_reader_takes_for_wider_are_an_error_and_not_another_model(tmp_path: Path) -> None:

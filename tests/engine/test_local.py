@@ -95,6 +95,18 @@ async def test_a_swap_in_mid_generation_changes_weights_and_versions(tmp_path: P
     assert after.versions == (7,) * 10
 
 
+async def test_weights_that_wait_for_others_to_end_are_all_answered(plain: Path) -> None:
+    async with engine_on(plain, on_swap="finish") as engine:
+        running = asyncio.create_task(engine.sample(request([5, 6], max_tokens=200)))
+        await until(lambda: engine.stats().tokens_drawn > 0)
+        loads = [asyncio.create_task(engine.load_weights(version, views_of(plain))) for version in (1, 2)]
+        after = asyncio.create_task(engine.sample(request([5, 6], max_tokens=4, min_version=2)))
+        assert set((await running).versions) == {0}
+        async with asyncio.timeout(20):
+            await asyncio.gather(*loads)
+            assert (await after).versions == (2,) * 4
+
+
 async def test_weights_that_do_not_fit_are_refused_and_the_old_ones_stay(plain: Path) -> None:
     views = dict(views_of(plain))
     name = "model.layers.0.self_attn.q_proj.weight"

@@ -124,6 +124,21 @@ async def test_honest_episodes_of_several_turns_agree(place: Place) -> None:
     assert surprise.variance > 50 and abs(surprise.z) < 4
 
 
+async def test_what_was_given_makes_no_lie_about_the_rest_look_smaller(place: Place) -> None:
+    async with engine_of(place) as engine:
+        claim = await act(engine, 3, env=TwoTurns)
+        first, second = claim.episode.turns
+        given = replace(claim, episode=replace(claim.episode, turns=(replace(first, given=True), second)))
+        lie = changed(given, logprobs=tuple(logprob - 1.0 for logprob in second.completion.logprobs))
+        lie = replace(lie, episode=replace(lie.episode, id="lie"))
+        all_given = tuple(replace(turn, given=True) for turn in claim.episode.turns)
+        nothing = replace(claim, episode=replace(claim.episode, id="all", turns=all_given))
+        found = place.checker(engine).check([given, lie, nothing])
+    assert [finding.tokens for finding in found] == [len(second.completion.token_ids)] * 2 + [0]
+    assert why(found[0]) == why(found[2]) == ""
+    assert found[1].difference == pytest.approx(1.0, abs=1e-3) and why(found[1])
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_honest_episodes_agree_across_a_swap(place: Place, policy: SwapPolicy) -> None:
     async with engine_of(place, policy) as engine:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec.structs import replace
 from transformers import AutoModelForCausalLM
 
 from shoal.config.learner import ColocatedLearner
@@ -91,6 +92,12 @@ def test_episodes_are_learnt_as_drawn_where_they_earned_enough(tmp_path: Path, t
     assert found.num_below_reward == 1 and len(found.items) == 1
     assert found.items[0].token_ids.tolist() == [2, 7, 1, 3, 9, 1]
     assert found.items[0].trained.tolist() == [False] * 4 + [True] * 2
+
+
+def test_what_was_drawn_at_temperature_0_can_be_learnt_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    greedy = replace(episode(1.0), temperature=0.0)
+    (item,) = read(write(tmp_path / "episodes.jsonl", to_json(greedy)), tokenizer)
+    assert item.temperature == 1.0 and item.num_trained == 2
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,24 @@ def test_a_keeper_opens_with_what_it_had(tmp_path: Path) -> None:
         assert memory.id not in {f.memory.id for f in keeper.search(HELP)}
 
 
+def test_what_another_process_admits_meanwhile_is_found_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Keeper(tmp_path, "n") as keeper, Keeper(tmp_path, "n") as other:
+        numbers = keeper.store.numbers
+
+        def numbers_and_then(since: int) -> Iterator[tuple[int, str, Memory | None, bytes | None]]:
+            rows = list(numbers(since))
+            admit(other, HELP)
+            return iter(rows)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(keeper.store, "numbers", numbers_and_then)
+            keeper.retrieval.follow()
+        keeper.retrieval.follow()
+        assert [found.memory.entry.text for found in keeper.search(HELP)] == [HELP]
+
+
 def test_trials_of_the_wrong_kind_change_nothing(keeper: Keeper) -> None:
     memory = keeper.add(make_entry(HELP))
     with pytest.raises(RecordError, match="no memory"):

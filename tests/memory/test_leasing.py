@@ -14,16 +14,18 @@ import pytest
 from memory_arenas import FAMILY, HARMS, HELPS, advice, make_arena
 from msgspec.structs import replace
 
-from shoal.errors import RecordError
+from shoal.errors import ConfigError, RecordError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
+from shoal.fabric.service import Request
 from shoal.memory.events import Decided, Event, Tried
 from shoal.memory.keeper import Keeper
-from shoal.memory.leasing import Answer, HandIn, Leased, TrialDesk, Want, ask_desk
+from shoal.memory.leasing import Answer, HandIn, Leased, TrialDesk, Want, ask_desk, desk_key
 from shoal.memory.replayer import Replayer
 from shoal.memory.signing import check_trial, sign_trial
 from shoal.memory.trials import Arena
-from shoal.protocol.codec import decode
+from shoal.protocol.codec import decode, encode
+from shoal.protocol.episode import Task
 
 SECRET = b"0123456789abcdef"
 PROCESS = Path(__file__).with_name("replayer_process.py")
@@ -138,6 +140,34 @@ async def test_nothing_that_is_false_late_or_not_asked_for_is_taken(tiny_model: 
             assert len(keeper.store.trials(entry)) == 1 and desk.book.is_conserved
         admitting.cancel()
         await asyncio.gather(admitting, return_exceptions=True)
+
+
+async def test_a_candidate_without_siblings_keeps_no_other_from_being_tried(tiny_model: Path, tmp_path: Path) -> None:
+    arena, alone = make_arena(tiny_model), make_arena(tiny_model)
+    alone.env.sibling = lambda task_id, index, seed: Task(env=FAMILY, id=task_id, seed=0)  # type: ignore[method-assign]
+    async with desk_at(tmp_path) as (desk, keeper, listener), asyncio.timeout(60):
+        with pytest.raises(ConfigError, match="no task but"):
+            await desk.admit(keeper.add(advice(HELPS)).id, alone)
+        async with replaying(listener, arena):
+            assert (await desk.admit(keeper.add(advice(HARMS)).id, arena)).verdict == "reject"
+
+
+@pytest.mark.parametrize("answer", [b"\xc1", encode(Answer(accepted=True))])
+async def test_a_desk_that_answers_nonsense_ends_no_replayer(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, answer: bytes
+) -> None:
+    monkeypatch.setattr("shoal.memory.replayer.IDLE_S", 0.05)
+    num_asked = 0
+
+    async def lease(request: Request) -> bytes:
+        nonlocal num_asked
+        num_asked += 1
+        return answer
+
+    async with await Fabric.listen(Identity.generate()) as listener:
+        await listener.serve(desk_key(listener.identity.node_id, "lease"), lease, max_bytes=2**16)
+        async with replaying(listener, make_arena(tiny_model)), asyncio.timeout(20):
+            await until(lambda: num_asked > 1)
 
 
 @pytest.mark.slow

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import pytest
 from memory_arenas import HARMS, HELPS, advice, make_arena
 from test_verifying import made_up
 
+from shoal.errors import ConfigError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
+from shoal.memory.admission import Decision
 from shoal.memory.keeper import Keeper
 from shoal.memory.node import MemoryNode
+from shoal.memory.trials import Arena
 from shoal.protocol.roster import SwarmRole
 from shoal.swarm.grants import GrantBook, issue
 from shoal.swarm.member import Member, profile
@@ -64,3 +68,22 @@ async def test_three_nodes_try_share_check_and_catch(tiny_model: Path, tmp_path:
         assert [one.memory.id for one in second.search("reply")] == [good]
         assert not third.search("reply") and idle.replayer is None
         assert first.store.node in first.memory(good).vouched
+
+
+async def test_a_candidate_that_cannot_be_tried_is_left_for_later(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def cannot(entry: str, arena: Arena) -> Decision:
+        tried.append(entry)
+        raise ConfigError("the world has one task.", "It has no siblings.")
+
+    tried: list[str] = []
+    root = Identity.generate()
+    async with AsyncExitStack() as stack:
+        listener = await stack.enter_async_context(await Fabric.listen(root))
+        keeper, node = await enter(stack, root, listener, tmp_path / "a", tiny_model)
+        monkeypatch.setattr(node.desk, "admit", cannot)
+        entry = keeper.add(advice(HELPS)).id
+        await until(lambda: tried)
+        await asyncio.sleep(0.7)
+        assert tried == [entry]

@@ -147,6 +147,14 @@ def test_a_stuck_worker_loses_its_lease_though_it_says_that_it_lives() -> None:
     assert not book.progress("a", "ann", 8, 9.5)
 
 
+def test_what_waits_for_its_verdict_keeps_its_time_whatever_its_worker_says() -> None:
+    book = LeaseBook()
+    book.grant("a", "ann", 2, 5.0, 0.0)
+    book.hold("a", 1.0, 900.0)
+    assert book.progress("a", "ann", 7, 1.1), "a heartbeat that was under way when it was handed in"
+    assert not book.expire(900.0) and [h.lease_id for h in book.expire(901.0)] == ["a"]
+
+
 def test_only_so_many_ended_leases_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases, "KEEP_ENDED", 3)
     book = LeaseBook()

@@ -88,6 +88,41 @@ def allow_every_call(machine: str = "") -> bytes:
     return struct.pack("HBBI", 0x06, 0, 0, 0x7FFF0000)
 
 
+def anybody(self: Any, number: int, among: list[str] | None = None) -> list[str]:
+    present = sorted(self.present) if among is None else among
+    found: list[str] = self._random.sample(present, min(number, len(present)))
+    return found
+
+
+def other_seeds(self: Any, number: int, count: int) -> tuple[int, ...]:
+    import secrets
+
+    return tuple(secrets.randbelow(2**31) for _ in range(count))
+
+
+def one_workers_word(self: Any, number: int, node_id: str, problems: list[str]) -> None:
+    from collections import Counter
+
+    from shoal.coordinator.control import MAX_VOID_ATTEMPTS
+    from shoal.errors import RunError
+
+    attempts = self._void_attempts.setdefault(number, Counter())
+    attempts[node_id] += 1
+    if attempts.total() >= MAX_VOID_ATTEMPTS:
+        self.failure = RunError(f"group {number} failed.")
+
+
+def as_it_is_written(self: Any, conversation: Any, after: str = "", tools: Any = None) -> list[int]:
+    text = str(self._inner.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
+    return list(self._inner.encode(text.split(after, 1)[1] if after else text, add_special_tokens=False))
+
+
+def unquoted(value: Any) -> str:
+    import json
+
+    return value if isinstance(value, str) else json.dumps(value)
+
+
 THREATS = (
     Threat(
         "forged snapshot",
@@ -162,6 +197,14 @@ THREATS = (
         (("shoal.swarm.rate:RateLimiter.take", yes),),
     ),
     Threat(
+        "eclipse",
+        "who makes nodes look present that are not",
+        "a node that finds none of the real ones, and trusts whom they no longer trust",
+        "every second exchange of notes is with the root or a node that it vouches for",
+        "security/test_eclipse.py::test_a_crowd_of_nodes_that_are_not_there",
+        (("shoal.swarm.gossip:Gossip._choose", anybody),),
+    ),
+    Threat(
         "malicious router",
         "a router",
         "prompts, rewards and weights",
@@ -194,12 +237,52 @@ THREATS = (
         (("shoal.planning.standing:Standing.fail", no),),
     ),
     Threat(
+        "cherry-picker",
+        "a worker that keeps back the episodes it dislikes",
+        "to choose what is learnt",
+        "a group trains whole or not at all",
+        "security/test_cherry_picking.py::test_who_keeps_back_what_it_dislikes",
+        (("shoal.coordinator.verification:is_whole", yes),),
+    ),
+    Threat(
+        "second draw",
+        "a worker that gives groups up until it likes what it draws",
+        "to choose what is learnt",
+        "a group's task and seeds follow from its number, whoever gets it and however often",
+        "security/test_cherry_picking.py::test_who_wants_another_draw",
+        (("shoal.coordinator.tasks:TaskSource.seeds", other_seeds),),
+    ),
+    Threat(
+        "giving up",
+        "a worker that gives the same group up again and again",
+        "the end of the run",
+        "no worker's word alone, if others are there, makes a group one that cannot be done",
+        "security/test_cherry_picking.py::test_who_gives_everything_up_does_not_end_the_run",
+        (("shoal.coordinator.control:Control._count_void", one_workers_word),),
+    ),
+    Threat(
         "tool injection",
         "a tool server",
         "tools that the run was not given",
         "calls are checked against the run's own list, whatever a result says",
         "agents/test_run_scheduling.py::test_what_a_tool_says_widens_nothing",
         (("shoal.agents.scheduler.performing:Performer.objection", nothing),),
+    ),
+    Threat(
+        "page injection",
+        "a page that writes the model's own control tokens",
+        "to speak as the system, or as the user",
+        "only a template's own control tokens are tokens; what others write is spelt out",
+        "security/test_pages.py::test_a_page_that_speaks_as_others_do",
+        (("shoal.engine.tokenizer:Tokenizer._render", as_it_is_written),),
+    ),
+    Threat(
+        "forged results",
+        "a page or a tool that ends its own quotation",
+        "to speak as another tool",
+        "what a tool says is one JSON string on one line, behind its call's name",
+        "security/test_pages.py::test_a_page_that_forges_results",
+        (("shoal.agents.scheduler.prompt:_json", unquoted),),
     ),
     Threat(
         "SSRF",
@@ -216,6 +299,14 @@ THREATS = (
         "the browser's only way out is a gate that knows the sites under test",
         "envs/web/test_gate.py::test_other_hosts_are_refused_and_named",
         (("shoal.envs.web.gate:Allowed.names", yes),),
+    ),
+    Threat(
+        "a page that reaches inside",
+        "a page in the browser",
+        "services on the user's machine, and files",
+        "the browser has no way but the gate, to this machine neither, and opens no file for a page",
+        "security/test_pages.py::test_a_page_that_reaches_inside",
+        (("shoal.envs.web.gate:Allowed.names", yes), ("shoal.envs.web.gate:Allowed.names_port", yes)),
     ),
     Threat(
         "path traversal",
@@ -264,6 +355,38 @@ THREATS = (
         "keys are kept as hashes, and asked for on every path but health",
         "serving/test_server.py::test_only_who_has_a_key_is_let_in",
         (("shoal.serving.door:Door._check_key", nothing),),
+    ),
+    Threat(
+        "CSRF",
+        "a page of another site, in the browser of who uses the console",
+        "what the console may do",
+        "what changes anything carries a token that stands in the console's own pages alone",
+        "serving/console/test_console_app.py::test_changes_need_the_pages_own_token",
+        (("shoal.serving.console.door:Door.may_change", yes),),
+    ),
+    Threat(
+        "CSRF on agents",
+        "a page of another site, where agents' runs are served without keys",
+        "tasks done with the user's tools",
+        "without keys, what names another origin is refused",
+        "security/test_other_sites.py::test_a_form_of_another_site_starts_no_run",
+        (("shoal.serving.origin:check_page", nothing),),
+    ),
+    Threat(
+        "CSRF on the API",
+        "a page of another site, where a model is served without keys",
+        "the model, at the user's cost",
+        "without keys, what names another origin is refused before it is read",
+        "serving/test_server.py::test_pages_of_other_sites_are_not_served",
+        (("shoal.serving.origin:check_page", nothing),),
+    ),
+    Threat(
+        "DNS rebinding",
+        "a page whose owner points its name at this machine",
+        "to read what servers without keys know",
+        "without keys, only names of this machine are answered",
+        "security/test_other_sites.py::test_a_name_that_was_pointed_here_reads_nothing",
+        (("shoal.serving.origin:check_page", nothing),),
     ),
     Threat(
         "claims of one's own skill",

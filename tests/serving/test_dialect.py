@@ -47,10 +47,22 @@ def test_what_is_written_is_read(family: Family) -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "hello", "{", "[1]", "<tool_call>", "<tool_call>{}</tool_call>", '{"name": "unknown", "parameters": {}}',
-     '<tool_call>{"name": "add", "arguments": 3}</tool_call>', "[" * 5000],
+     '<tool_call>{"name": "add", "arguments": 3}</tool_call>', "[" * 5000,
+     '<tool_call>{"name": ["add"], "arguments": {}}</tool_call>', '{"name": {}, "parameters": {}}',
+     '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>',
+     '{"name": "add", "parameters": {"a": "\\ud800"}}', '[{"name": "add", "arguments": {"\\udfff": 1}}]'],
 )  # fmt: skip
 def test_what_is_no_call_stays_content(family: Family, text: str) -> None:
     assert Dialect(family).read(text, TOOLS) == Reply(text)
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "\\ud800"}', '{"a": Infinity}', "{"])
+def test_arguments_that_are_no_text_or_no_json_stay_as_they_were_sent(arguments: str) -> None:
+    call = {"id": "1", "function": {"name": "add", "arguments": arguments}}
+    message = ChatMessage.model_validate_json(json.dumps({"role": "assistant", "tool_calls": [call]}))
+    (native,), (written,) = Dialect(native_tools=True).messages([message], []), Dialect().messages([message], [])
+    assert native["tool_calls"][0]["function"]["arguments"] == arguments
+    assert json.dumps(arguments) in written["content"] and written["content"].encode()
 
 
 def test_several_calls_and_the_text_around_them() -> None:

@@ -1,13 +1,20 @@
-"""What the planner is told of a pipeline's stages."""
+"""What the planner is told of a pipeline's stages, and who follows a run of their weights."""
 
 from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shoal.engine.pipeline.ring import Rings
+from shoal.errors import ModelError
 from shoal.planning.partition import Partition, Placement
 from shoal.protocol.stage import LinkAddress, StageOffer
+from shoal.serving.following import FollowedRun
 from shoal.serving.layers import NOISE, Peer, is_better, known, levelled, view
+from shoal.serving.stages import Stages
 
 KEYS = [bytes([n]) * 32 for n in range(4)]
 
@@ -57,3 +64,41 @@ def test_who_could_not_take_layers_is_left_out_for_a_while_and_people_see_who_ha
     assert view(one, {}).state == "idle"
     one.offer = None
     assert view(one, {}).state == "lost" and not one.may_compute(100.0)
+
+
+async def test_a_stage_that_leaves_is_out_of_the_plan_at_once() -> None:
+    """Also before its link has ended: a plan that is looked at in between would name somebody who is not here."""
+    stages = object.__new__(Stages)
+    stages._peers = {KEYS[n]: peer(n) for n in range(2)}
+    stages._keys = (KEYS[0], KEYS[1])
+    stages._plan = Partition((Placement("node0", 0, 1), Placement("node1", 1, 2)), 1.0, 1.0, 1.0)
+    stages._ending = False
+    stages._rings, stages._hub = Rings(1.0), SimpleNamespace(drop=lambda key: None)  # type: ignore[assignment]
+    stages._membership, stages._wake = asyncio.Event(), asyncio.Event()
+    await stages._leave(SimpleNamespace(sender_key=KEYS[1]))  # type: ignore[arg-type]
+    assert stages._plan is None and stages._wake.is_set() and list(stages._peers) == [KEYS[0]]
+
+
+async def test_following_goes_on_where_weights_were_not_taken() -> None:
+    told: list[str] = []
+    versions = iter([3, 4])
+
+    async def newest() -> SimpleNamespace:
+        run._news.set()
+        return SimpleNamespace(version=next(versions, 4))
+
+    async def put(engine: SimpleNamespace, snapshot: SimpleNamespace) -> None:
+        if snapshot.version == 3:
+            raise ModelError("the stages did not go over to version 3.")
+        engine.version = snapshot.version
+        done.set()
+
+    done, engine = asyncio.Event(), SimpleNamespace(version=2)
+    run = SimpleNamespace(_news=asyncio.Event(), _newest=newest, _put=put, _tell=told.append)
+    run._news.set()
+    following = asyncio.create_task(FollowedRun._follow(run, engine))  # type: ignore[arg-type]
+    async with asyncio.timeout(10):
+        await done.wait()
+    following.cancel()
+    await asyncio.gather(following, return_exceptions=True)
+    assert engine.version == 4 and "version 3" in told[0]

@@ -89,6 +89,20 @@ def test_only_who_has_a_key_is_let_in(model: Path, tmp_path: Path) -> None:
         assert HTTP.get(f"{server.url}/models", headers=other).status_code == 200
 
 
+def test_pages_of_other_sites_are_not_served(server: ChatServer) -> None:
+    """What a browser sends for a stranger's page, which a server without keys could not tell from its user."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    form = {"content-type": "text/plain"}
+    for headers, status in (({"Origin": "http://evil.test"}, 403), ({"Host": "evil.test"}, 421)):
+        refused = HTTP.post(f"{server.url}{CHAT}", content=json.dumps(body), headers={**form, **headers})
+        assert refused.status_code == status, refused.text
+        assert "key" in refused.json()["error"]["message"]
+        assert HTTP.get(f"{server.url}/models", headers=headers).status_code == status
+    assert HTTP.get(f"http://127.0.0.1:{server.port}/health", headers={"Host": "10.0.0.7"}).status_code == 200
+    assert server.post(CHAT, body).status_code == 200
+    server.until_idle()
+
+
 def test_beyond_loopback_a_key_is_needed(model: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     process = Process(["serve", str(model), "--host", "0.0.0.0", "--port", "0", "--json"], home, tmp_path)

@@ -117,6 +117,8 @@ class Fetcher:
             None if local is None else Store(local, run=store.run, trusted_key=store.trusted_key, read_only=True)
         )
         self._bad_locally: set[bytes] = set()
+        self._asked_for: set[bytes] = set()
+        """Chunks that were missing since a version last came whole, and of that one."""
         self._keep = keep
         self._newest = -1
         self._image = Image(self._chunk, holds)
@@ -148,6 +150,7 @@ class Fetcher:
         part, route = await self._find_route(version)
         for _ in range(MAX_ROUNDS):
             missing = await asyncio.to_thread(self._missing, route)
+            self._asked_for.update(missing)
             if missing and self._record is not None:
                 await self._gather(part[0].manifest, route.begin, missing, on_progress)
                 missing = await asyncio.to_thread(self._missing, route)
@@ -347,6 +350,10 @@ class Fetcher:
         return chunk
 
     def _keep_snapshot(self, route: Route) -> None:
+        # What came of versions that never came whole would otherwise stay for ever.
+        wanted = {d for published, body in route.bodies for d, _ in chunks_for(published.manifest, body, self._holds)}
+        self._store.abandon(self._asked_for - wanted)
+        self._asked_for &= wanted
         # What was read from the local store is not copied, so its manifest is not kept here either.
         for published in route.versions:
             for body in published.manifest.bodies:

@@ -258,7 +258,8 @@ class _Serving:
                     raise NetworkError(f"a dialler sent a frame of kind {kind.name}.")
 
     def _want(self, digest: bytes) -> None:
-        if len(self._wanted) >= MAX_WANTED:
+        # What is dropped, or wanted again, is still in the queue.
+        if max(len(self._wanted), len(self._ready)) >= MAX_WANTED:
             raise NetworkError("a dialler wants too many chunks at once.")
         if not self._wanted:
             self._num_sent = 0

@@ -108,6 +108,11 @@ class Store:
                 self._num_bytes += len(data)
         return digest
 
+    def abandon(self, digests: Collection[bytes]) -> None:
+        """No manifest that names these chunks is to come: where none here does, they are garbage."""
+        with self._lock:
+            self._unnamed.difference_update(digests)
+
     def _measure(self) -> None:
         if self._max_bytes < math.inf:
             self._num_bytes = sum(path.stat().st_size for path in (self.directory / "chunks").glob("??/*"))

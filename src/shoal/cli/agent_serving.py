@@ -147,7 +147,8 @@ def _keys_file() -> Path:
 
 
 class KeyDoor:
-    """ASGI middleware: without a valid key nobody learns anything but that one is needed."""
+    """ASGI middleware: without a valid key nobody learns anything but that one is needed; where none is asked for,
+    other sites' pages are kept out (`serving.origin`)."""
 
     def __init__(self, app: ASGIApp, keys: Keys) -> None:
         self._app, self._keys = app, keys
@@ -155,11 +156,24 @@ class KeyDoor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         from shoal.serving.errors import ApiError
 
-        if scope["type"] == "http" and self._keys.names and not self._is_known(scope):
-            refusal = ApiError(401, "A valid API key is needed, as Authorization: Bearer.", code="invalid_api_key")
-            await refusal.response()(scope, receive, send)
-            return
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except ApiError as refusal:
+                await refusal.response()(scope, receive, send)
+                return
         await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        from starlette.datastructures import Headers
+
+        from shoal.serving.errors import ApiError
+        from shoal.serving.origin import check_page
+
+        if not self._keys.names:
+            check_page(Headers(scope=scope))
+        elif not self._is_known(scope):
+            raise ApiError(401, "A valid API key is needed, as Authorization: Bearer.", code="invalid_api_key")
 
     def _is_known(self, scope: Scope) -> bool:
         header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")

@@ -12,7 +12,8 @@ ever granted `learner`, and it cannot be revoked.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 from shoal.coordinator.rundir import RunDir
@@ -165,19 +166,20 @@ class Admission:
             self._write_invites()
         return invite
 
-    def revoke(self, asked: RevokeRequest, names: Mapping[str, bytes], now: float) -> Revoked:
+    def revoke(self, asked: RevokeRequest, names: Mapping[str, Collection[bytes]], now: float) -> Revoked:
         """Take back what nodes were granted, and invitations, for good.
 
         Args:
-            names: public keys by the names that the run shows.
+            names: public keys by the names that the run shows, which nodes choose themselves.
 
         Raises:
-            RunError: a node or invitation is not this run's, or the node is the learner; nothing was changed.
+            RunError: a node or invitation is not this run's, or could be several, or the node is the learner; nothing
+                was changed.
             CapacityError: more is revoked than a list holds.
             StorageError: it cannot be written down.
         """
-        by_id = {node_id_of(key): key for key in (*self.invites.keys(), *names.values())}
-        keys = {by_id.get(name) or names.get(name) or _unknown(name) for name in asked.nodes}
+        by_id = {node_id_of(key): key for key in (*self.invites.keys(), *chain.from_iterable(names.values()))}
+        keys = {by_id.get(name) or _only(name, names.get(name, ())) for name in asked.nodes}
         if self.learner_key in keys:
             raise RunError("the learner's grant cannot be taken back.", "To end the run, interrupt `shoal train`.")
         unknown = [name.hex() for name in asked.invitations if self.invites.find(name) is None]
@@ -233,8 +235,12 @@ class Admission:
             )
 
 
-def _unknown(name: str) -> bytes:
-    raise RunError(f"this run knows no node {name}.", "Name it by its id: 16 hexadecimal digits, as in events.jsonl.")
+def _only(name: str, keys: Collection[bytes]) -> bytes:
+    """The key of the one node of this name."""
+    if len(keys) != 1:
+        problem = f"several nodes call themselves {name}." if keys else f"this run knows no node {name}."
+        raise RunError(problem, "Name it by its id: 16 hexadecimal digits, as in events.jsonl.")
+    return next(iter(keys))
 
 
 def _remember(known: dict[bytes, T], key: bytes, value: T, most: int) -> None:

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec.structs import replace
+
 from shoal.broadcast.store import Store
 from shoal.config import Config
 from shoal.coordinator.consumption import Consumption
@@ -37,7 +39,7 @@ from shoal.coordinator.provisioning import Provisioning
 from shoal.coordinator.rundir import RunDir
 from shoal.coordinator.tasks import TaskSource
 from shoal.coordinator.trust import HOLD_S, Trust, Verdict, claims_of
-from shoal.coordinator.verification import Limits
+from shoal.coordinator.verification import Limits, is_whole
 from shoal.coordinator.verification import verdicts as verdicts_of
 from shoal.envs.base import Environment
 from shoal.errors import RunError, ShoalError
@@ -93,13 +95,16 @@ class Control:
         self.version = 0
         """The learner's version: steps done."""
         self.published = -1
-        """The newest version that workers can have; -1 before the first."""
+        """The newest version that workers can have; -1 before the learner has said so."""
+        self._made = -1
+        """The newest version that an earlier life of the run published."""
         self.lost = Counter[str]()
         """Groups leased again, by reason."""
         if interrupted:
             self.lost["interrupted"] += interrupted
         self._leased: dict[str, _Leased] = {}
-        self._void_attempts = Counter[int]()
+        self._void_attempts: dict[int, Counter[str]] = {}
+        """By group: how often each worker gave it up."""
         self._pauses = Pauses()
         self.trust = Trust(config.trust, config.model.dtype)
         self._made_by: dict[int, str] = {}
@@ -128,13 +133,17 @@ class Control:
 
     # Workers
 
+    def resumed(self, version: int) -> None:
+        """The run goes on from `version`; until the learner is there to give it out, workers use what they hold."""
+        self._made = version
+
     def lease(self, node_id: str, free_slots: int, now: float) -> LeaseReply:
         """Work for a node with `free_slots` free, or how long to wait."""
         newest = max(0, self.published)
         if self.ended:
             return LeaseReply(ended=True, newest_version=newest)
         lease = None
-        kept = self.published < 0 or node_id in self.provisioning.parked or self.drain is not None
+        kept = max(self.published, self._made) < 0 or node_id in self.provisioning.parked or self.drain is not None
         if not kept and not self._pauses.waits(node_id, now)[1] and self.trust.may_lease(node_id, now):
             lease = self._eval_lease(node_id, free_slots, now) or self._train_lease(node_id, free_slots, now)
         opens_s = self.provisioning.opens_in(self.queue, now)
@@ -157,7 +166,10 @@ class Control:
         size = self.config.rollout.group_size
         if free_slots < size or self.steps_done or not self.provisioning.admits(self.queue, now):
             return None
-        started = self.provisioning.start(self.queue, node_id, self.published)
+        if self.published < 0:
+            started = self.provisioning.go_on(self.queue, node_id, self._made)
+        else:
+            started = self.provisioning.start(self.queue, node_id, self.published)
         if started is None:
             return None
         number, version = started
@@ -181,13 +193,16 @@ class Control:
             return self._untimely(submission)
         if held.episodes:
             return {e.id: "checking" for e in submission.episodes}
-        judged = await verdicts_of(held.lease, submission.episodes, node_id, self.published, self._limits, self._envs)
+        size = len(held.lease.tasks)
+        # What comes beyond the lease is looked at by no tier, so it must not come along with what is.
+        submission = replace(submission, episodes=submission.episodes[:size])
+        newest = max(self.published, self._made)
+        judged = await verdicts_of(held.lease, submission.episodes, node_id, newest, self._limits, self._envs)
         verdicts = [verdict for verdict, _ in judged]
         problems = [played.problem for _, played in judged if played.problem]
         if self.book.running.get(submission.lease) is not holding or held.episodes:
             return self._untimely(submission)  # it ended, or came a second time, while it was being checked
-        size = len(held.lease.tasks)
-        whole = len(verdicts) == size and all(v == "accepted" for v in verdicts)
+        whole = is_whole(verdicts, size)
         self.provisioning.ended(submission.lease, now, accepted=whole)
         self._note_problems(node_id, problems)
         plan = self.trust.plan(node_id, size, now) if held.number is not None and whole else "count"
@@ -218,7 +233,7 @@ class Control:
         """End a lease by its verdicts; gives them as they came to be."""
         del self._leased[lease_id]
         size = len(held.lease.tasks)
-        whole = len(verdicts) == size and all(v == "accepted" for v in verdicts)
+        whole = is_whole(verdicts, size)
         if held.number is not None and not whole:
             # Groups stay whole: what was fine in an incomplete group is void with it, and the group is leased again.
             verdicts = ["void" if v == "accepted" else v for v in verdicts]
@@ -240,7 +255,7 @@ class Control:
         elif held.number is not None:
             self._lose(held.number, "rejected" if "rejected" in verdicts else "void")
             if "rejected" not in verdicts or not self.trust.is_checked(node_id):
-                self._count_void(held.number, problems)
+                self._count_void(held.number, node_id, problems)
         return verdicts
 
     def checked(self, verdicts: Iterable[Verdict], now: float) -> None:
@@ -251,9 +266,12 @@ class Control:
                 self._note_problems(node_id, list(reasons.values()))
             if verdict.held:
                 held = self._leased[verdict.lease_id]
-                good = "void" if verdict.gone else "accepted"
+                # Of several groups that are decided together, one may exclude whoever made another that is good.
+                excluded = self.trust.state(node_id, now) == "excluded"
+                good = "void" if verdict.gone or excluded else "accepted"
                 each = ["rejected" if e.id in reasons else good for e in held.episodes]
-                problems = [*reasons.values()] or ["its version is not kept any more"]
+                why = "its version is not kept any more" if verdict.gone else "its worker was excluded"
+                problems = [*reasons.values()] or [why]
                 self._conclude(verdict.lease_id, held, node_id, held.episodes, each, problems, now)
             if verdict.excludes:
                 self._exclude(node_id, _first(list(reasons.values())), now)
@@ -281,7 +299,7 @@ class Control:
     def why_idle(self, node_id: str, now: float) -> tuple[NodeState, str]:
         """Why a node without a lease has none."""
         if self.published < 0:
-            return "idle", "no version has been published yet"
+            return "idle", "no version can be had yet: the learner is starting"
         if node_id in self.provisioning.parked:
             return "parked", "others give the learner what it needs for less"
         if self.drain is not None:
@@ -317,9 +335,12 @@ class Control:
         for problem, count in Counter(problems).items():
             self._run.event("rollout.refused", node_id, reason=problem[:500], count=count)
 
-    def _count_void(self, number: int, problems: list[str]) -> None:
-        self._void_attempts[number] += 1
-        if self._void_attempts[number] >= MAX_VOID_ATTEMPTS:
+    def _count_void(self, number: int, node_id: str, problems: list[str]) -> None:
+        """End the run over a group that nobody can do; one worker's word for that is not enough if others are here."""
+        attempts = self._void_attempts.setdefault(number, Counter())
+        attempts[node_id] += 1
+        is_alone = len(attempts) == 1 and self.trust.is_checked(node_id) and len(self.provisioning.active) > 1
+        if attempts.total() >= MAX_VOID_ATTEMPTS and not is_alone:
             self.failure = RunError(
                 f"group {number} failed {MAX_VOID_ATTEMPTS} times, last because {_first(problems)}",
                 "Mend the environment or the workers; then continue with --resume.",

@@ -132,7 +132,9 @@ class Door:
 
     async def revoke(self, request: Request) -> bytes:
         asked = decode(request.body, RevokeRequest, max_bytes=MAX_REQUEST_BYTES)
-        names = {node.name: node.public_key for node in self._nodes.values()}
+        names: dict[str, set[bytes]] = {}
+        for node in self._nodes.values():
+            names.setdefault(node.name, set()).add(node.public_key)
         reply, revocations = self._admission.revoke(asked, names, time.time())
         for node_id in reply.nodes:
             self._expel(node_id, "revoked")

@@ -31,6 +31,7 @@ from shoal.planning.capacity import Load, freshest_interval, publish_interval, t
 from shoal.planning.pacing import Pacer
 from shoal.planning.queue import GroupQueue
 from shoal.planning.rates import RateMeter
+from shoal.planning.staleness import may_start
 
 FILE = "costs.json"
 
@@ -104,6 +105,17 @@ class Provisioning:
             if number is not None:
                 return number, version
         return None
+
+    def go_on(self, queue: GroupQueue, node_id: str, newest: int) -> tuple[int, int] | None:
+        """As `start`, while nobody gives out versions: the worker goes on under the one it holds, up to `newest`.
+
+        Lost groups, too, start only where admission opens under that version: it may be older than the one for which
+        they were admitted. A worker that holds nothing yet says 0.
+        """
+        held = self.arrivals.held_by(node_id)
+        is_fresh = may_start(queue.ahead, held, queue.max_staleness, queue.groups_per_step)
+        number = queue.start(held, self.config.run.steps) if 0 < held <= newest and is_fresh else None
+        return None if number is None else (number, held)
 
     def started(self, lease_id: str, node_id: str, now: float) -> None:
         """A group was leased."""

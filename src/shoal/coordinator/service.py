@@ -21,6 +21,7 @@ import time
 from typing import Any, TypeVar
 
 from shoal.broadcast.chain import open_manifest
+from shoal.broadcast.store import Store
 from shoal.config import Config
 from shoal.coordinator.admission import Admission
 from shoal.coordinator.control import Control
@@ -98,7 +99,10 @@ class Coordinator:
         self.last_metrics: dict[str, float] = {}
 
     async def start(self) -> None:
-        """Begin to answer."""
+        """Begin to answer, in a run that goes on also before its learner can."""
+        made = await asyncio.to_thread(self._newest_made)
+        if made is not None:
+            self.control.resumed(made)
         own = profile(self._fabric, self.run.name, (), name="coordinator")
         root = self.admission.root.public_key
         self.member = Member(self._fabric, self.run.name, root, own, grants=self.admission.grants)
@@ -127,6 +131,12 @@ class Coordinator:
         self.control.trust.is_own, self.control.trust.device_of = self._is_own, self._device_of
         clockwork = (self._tick(), self._watch(), self.watch.run())
         self._tasks = [asyncio.create_task(part) for part in clockwork]
+
+    def _newest_made(self) -> int | None:
+        """The newest version that the learner has signed in an earlier life of this run."""
+        snapshots, learner = self.run.path / "snapshots", self.admission.learner_key
+        newest = Store(snapshots, run=self.run.name, trusted_key=learner, read_only=True).latest("policy")
+        return None if newest is None else newest.manifest.version
 
     async def finished(self) -> None:
         """Wait for the run's end.

@@ -26,6 +26,7 @@ from shoal.config.sections import Trust as Settings
 from shoal.coordinator.verification import Replay
 from shoal.planning.evidence import Surprise, objection, tolerance_of
 from shoal.planning.standing import Standing, State
+from shoal.protocol.codec import encode
 from shoal.protocol.episode import Episode
 from shoal.protocol.trust import Claim, Finding
 from shoal.protocol.work import Lease
@@ -40,6 +41,9 @@ HOLD_S = 900.0
 """What is held ends, as if its lease had expired, where the learner has not looked at it for this long."""
 
 CLAIMS_AT_ONCE = 32
+
+BYTES_AT_ONCE = 32 * 2**20
+"""Claims handed out together have no more, whatever workers hand in: they must fit one message."""
 
 Plan = Literal["count", "check", "hold"]
 
@@ -201,7 +205,14 @@ class Trust:
         while self._waiting and len(self._out) < most:
             claim = self._waiting.popleft()
             self._out[claim.episode.id] = claim
-        return tuple(self._out.values())[:most]
+        found: list[Claim] = []
+        num_bytes = 0
+        for claim in self._out.values():
+            num_bytes += len(encode(claim))
+            if found and num_bytes > BYTES_AT_ONCE:
+                break
+            found.append(claim)
+        return tuple(found)
 
     def found(self, findings: Sequence[Finding], now: float) -> list[Verdict]:
         """Take in what the learner found; gives the groups that are decided by it."""

@@ -25,6 +25,9 @@ from shoal.protocol.work import Lease
 REWARD_TOLERANCE = 1e-6
 """Rewards are sums of floats, the same on every machine up to this."""
 
+MOST_CHARS_A_TOKEN = 1024
+"""No tokenizer's longest token says more; so a text is bounded by its tokens."""
+
 
 class Limits(NamedTuple):
     """What no episode of the run exceeds."""
@@ -54,8 +57,12 @@ def mismatch(episode: Episode, lease: Lease, index: int, node_id: str, newest_ve
         return f"it is longer than the context of {limits.context_tokens} tokens"
     for turn in episode.turns:
         completion = turn.completion
-        if not 1 <= len(completion.token_ids) <= lease.params.max_tokens:
-            return f"a turn has {len(completion.token_ids)} tokens, not 1 to {lease.params.max_tokens}"
+        # What the environment gives is as long as it is; that it was given is seen when it is played again.
+        most = limits.context_tokens if turn.given else lease.params.max_tokens
+        if not 1 <= len(completion.token_ids) <= most:
+            return f"a turn has {len(completion.token_ids)} tokens, not 1 to {most}"
+        if len(completion.text) > MOST_CHARS_A_TOKEN * len(completion.token_ids):
+            return "a turn's text is longer than its tokens can say"
         if completion.finish not in ("stop", "length"):
             return f"a turn's sampling ended with '{completion.finish}'"
         low, high = completion.versions[0], completion.versions[-1]
@@ -120,6 +127,14 @@ async def verdicts(
         played = Replay(problem) if problem else await replay(episode, env)
         found.append(("rejected" if played.problem else "accepted", played))
     return found
+
+
+def is_whole(verdicts: Sequence[str], size: int) -> bool:
+    """Whether all episodes of a lease came, and all are good.
+
+    A group trains whole or not at all: who could keep back what it does not like would choose what is learnt.
+    """
+    return len(verdicts) == size and all(verdict == "accepted" for verdict in verdicts)
 
 
 async def replay(episode: Episode, env: Environment) -> Replay:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,7 +90,8 @@ def write_gguf(
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror or error}.", "Free some space.") from None
     finally:
-        made.unlink(missing_ok=True)
+        with suppress(OSError):  # on a disk that is read-only not even that can be done
+            made.unlink(missing_ok=True)
     return path.stat().st_size
 
 

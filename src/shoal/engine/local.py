@@ -305,9 +305,9 @@ class LocalEngine:
 
     async def _post(self, action: Callable[[], None], done: asyncio.Future[T]) -> T:
         """Have the engine's thread do something, and wait until it has answered."""
-        self._raise_if_dead()
         self._pending.add(done)
         try:
+            self._raise_if_dead()  # after it is among those whom a thread that dies answers
             self._inbox.put(action)
             return await done
         finally:

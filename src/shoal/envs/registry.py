@@ -16,11 +16,14 @@ from shoal.errors import TaskError
 
 ENVIRONMENTS: dict[str, str] = {
     "arithmetic": "shoal.envs.arithmetic:Arithmetic",
+    "dataset": "shoal.envs.dataset:DatasetQuestions",
     "dream": "shoal.envs.dream.environment:DreamEnvironment",
     "evm": "shoal.envs.evm.environment:EvmQuests",
     "external": "shoal.envs.external:External",
     "judged": "shoal.envs.judged:Judged",
     "jsonl": "shoal.envs.jsonl:JsonLines",
+    "openenv": "shoal.envs.openenv.environment:OpenEnv",
+    "openenv_live": "shoal.envs.openenv.environment:LiveOpenEnv",
     "reasoning_gym": "shoal.envs.reasoning_gym:ReasoningGym",
     "sokoban": "shoal.envs.sokoban:Sokoban",
     "web": "shoal.envs.web.environment:Web",

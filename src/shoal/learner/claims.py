@@ -361,9 +361,11 @@ def rows_of(claim: Claim, *, seeds: bool = True) -> list[Row]:
 
 
 def _finding(claim: Claim, rows: Sequence[Row], *, gone: bool) -> Finding:
-    name, tokens = claim.episode.id, claim.episode.num_tokens
+    name, tokens = claim.episode.id, sum(len(row.turn.completion.token_ids) for row in rows)
     if gone:
         return Finding(episode=name, gone=True)
+    if not tokens:
+        return Finding(episode=name)  # all of it was given: nobody claims to have drawn anything
     sums = {key: math.fsum(row.sums[key] for row in rows) for key in SUMS}
     if not all(map(math.isfinite, sums.values())):
         return Finding(episode=name, problem="its tokens have no probability", tokens=tokens)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace
 
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import ConfigError, RecordError, StorageError
@@ -147,7 +148,7 @@ def _from_episode(line: bytes, where: str, min_reward: float, index: int) -> lis
         raise ConfigError(f"{where} is no episode: {error.problem}") from None
     if episode.outcome != "done" or episode.reward < min_reward:
         return []
-    # Learnt as plain text is: at temperature 1, and without what a grammar forbade.
+    # Learnt as plain text is: at temperature 1, whatever it was drawn at, and without what a grammar forbade.
     plain = [
         Trajectory(
             group=str(index),
@@ -159,6 +160,6 @@ def _from_episode(line: bytes, where: str, min_reward: float, index: int) -> lis
             advantage=1.0,
             temperature=1.0,
         )
-        for made in trajectories(episode, 1.0)
+        for made in trajectories(replace(episode, temperature=1.0), 1.0)
     ]
     return [one for one in plain if one.num_trained]

@@ -192,8 +192,11 @@ class TrialDesk:
 
         Raises:
             RecordError: there is no such entry.
+            ConfigError: its task has no siblings to try it on.
         """
         memory = self._keeper.memory(entry)
+        # Found out by a replayer's question, it would leave that without an answer, and all other candidates untried.
+        arena.sibling(memory.entry, self._keeper.store.node, 0)
         decision = self._keeper.report(memory.id, [])
         if decision.verdict != "continue":
             return decision

@@ -6,7 +6,8 @@
     checking    others' admissions replayed before they are used        `verifying`
 
 Invariants: a node tries only candidates that it wrote down itself, so nothing is tried everywhere at once; a claim that
-is left open is looked at again after `AGAIN_S`, not at once; nothing of this node outlives its context.
+is left open, or a candidate that cannot be tried, is looked at again after `AGAIN_S`, not at once; nothing of this node
+outlives its context.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class MemoryNode:
                 arena = self._arenas.get(memory.entry.family)
                 if len(self._admitting) >= MAX_OPEN:
                     break
-                if arena is not None and memory.id not in self._admitting and self._is_own(memory):
+                waits = memory.id in self._admitting or self._left_open.get(memory.id, 0.0) > time.monotonic()
+                if arena is not None and not waits and self._is_own(memory):
                     task = asyncio.create_task(self._admit(memory.id, arena))
                     self._admitting[memory.id] = task
             await asyncio.sleep(self._every_s)
@@ -116,6 +118,9 @@ class MemoryNode:
         try:
             decision = await self.desk.admit(entry, arena)
             log.info("%s: %s after %d trials", entry, decision.verdict, decision.num_trials)
+        except ShoalError as error:
+            log.warning("%s could not be tried: %s", entry, error)
+            self._left_open[entry] = time.monotonic() + AGAIN_S
         finally:
             self._admitting.pop(entry, None)
 

@@ -2,7 +2,7 @@
 
 Invariants: it runs only worlds and weights that it was started with, under the configuration that the desk names; what
 it signs it has run; a lease that the desk has taken back is dropped at the next beat; a desk that does not answer costs
-a deadline and no more.
+a deadline and no more, and one that answers nonsense is passed over.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from shoal.errors import NetworkError
+from shoal.errors import NetworkError, ShoalError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import node_id_of
 from shoal.memory.leasing import IDLE_S, Answer, Beat, HandIn, Leased, TrialLease, Want, ask_desk
 from shoal.memory.records import Trial
-from shoal.memory.replay import ReplayVoid
 from shoal.memory.signing import sign_trial
 from shoal.memory.trials import Arena
 from shoal.protocol.codec import decode
@@ -60,10 +59,12 @@ class Replayer:
                 try:
                     found = await self._ask(desk)
                     if found.lease is not None:
+                        before = self.num_run
                         await self._work(desk, found.lease)
-                        wait_s = 0.0
+                        if self.num_run > before:  # or else the desk leases what cannot be run, again and again
+                            wait_s = 0.0
                         break
-                except NetworkError as error:
+                except ShoalError as error:  # one desk's nonsense, or a trial that cannot be run, ends no replayer
                     log.info("no trials of %s: %s", node_id_of(desk), error)
             await asyncio.sleep(wait_s)
 
@@ -81,7 +82,7 @@ class Replayer:
         async def one(number: int) -> None:
             try:
                 done.append(await arena.run(lease.entry, lease.salt, number))
-            except ReplayVoid as error:
+            except ShoalError as error:
                 log.warning("trial %d of %s: %s", number, lease.entry.id, error)
 
         running = asyncio.gather(*(one(number) for number in lease.numbers))

@@ -66,6 +66,8 @@ class Retrieval:
 
     def follow(self) -> None:
         """Bring the index level with the store."""
+        # Another process may append meanwhile: what is read below is level with this position at least.
+        position = self._store.position
         for number, entry, memory, kept in list(self._store.numbers(self.index.position)):
             weight = indexed_weight(memory) if memory is not None and self.shows(memory) else 0.0
             if number in self.index:
@@ -77,7 +79,7 @@ class Retrieval:
                 if not kept:
                     self._store.set_vector(entry, vector)
                 self.index.add(number, vector, weight)
-        self.index.position = self._store.position
+        self.index.position = position
 
     def shows(self, memory: Memory) -> bool:
         """Whether a memory may be retrieved here."""

@@ -57,7 +57,8 @@ class LeaseBook:
             return False
         if tokens > holding.progress:
             holding.progress = tokens
-            holding.deadline = now + holding.duration_s
+            if lease_id in self._held_by.get(node_id, {}):  # else it waits for its verdict, and not for its worker
+                holding.deadline = now + holding.duration_s
         return True
 
     def hold(self, lease_id: str, now: float, duration_s: float) -> None:

@@ -16,8 +16,8 @@ from shoal.engine.sequence import Drawn
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import ModelError
 from shoal.protocol.sampling import Completion
-from shoal.serving.api import Api
-from shoal.serving.dialect import THINK, Call, Dialect, Reply
+from shoal.serving.api import Api, asked_grammar
+from shoal.serving.dialect import THINK, THOUGHT, Call, Dialect, Reply
 from shoal.serving.errors import bad_request
 from shoal.serving.events import DONE, frame
 from shoal.serving.generation import Job, pieces, whole
@@ -38,6 +38,8 @@ class Asked:
     """Those that may be called."""
     thinking: bool
     """The prompt ends inside of a thought."""
+    closing: tuple[int, ...] = ()
+    """The prompt's last ids, which end the thought that the template began (`_closing`)."""
 
     def read(self, text: str) -> Reply:
         """A completion's text, taken apart."""
@@ -71,6 +73,10 @@ async def ask(api: Api, body: ChatBody) -> Asked:
         prompt = tuple(api.engine.tokenizer.conversation(messages, native))
     except ModelError as error:
         raise bad_request(str(error), "messages") from None
+    tail = api.engine.tokenizer.hf.decode(prompt[-TAIL_IDS:]).rstrip() if api.dialect.thinks else ""
+    thinking = tail.endswith(THINK)
+    closing = _closing(api, body, tools) if thinking else ()
+    prompt += closing
     job = Job(
         prompts=[prompt],
         params=api.params(body, body.max_completion_tokens or body.max_tokens, len(prompt)),
@@ -79,8 +85,18 @@ async def ask(api: Api, body: ChatBody) -> Asked:
             body, body.top_logprobs or 0, grammar(api, body, tools), body.response_format, adapter=adapter
         ),
     )
-    tail = api.engine.tokenizer.hf.decode(prompt[-TAIL_IDS:]).rstrip() if api.dialect.thinks else ""
-    return Asked(job, api.dialect, tools, thinking=tail.endswith(THINK))
+    return Asked(job, api.dialect, tools, thinking and not closing, closing)
+
+
+def _closing(api: Api, body: ChatBody, tools: Sequence[Tool]) -> tuple[int, ...]:
+    """Where the answer must match a grammar from its first token on: what ends an open thought.
+
+    Otherwise the answer would be written, and read, as the thought.
+    """
+    must_call = bool(tools) and body.tool_choice not in (None, "auto")
+    if not must_call and asked_grammar(None, body.response_format) is None:
+        return ()
+    return tuple(api.engine.tokenizer.hf.encode(f"\n{THOUGHT}\n\n", add_special_tokens=False))
 
 
 def offered(body: ChatBody) -> list[Tool]:

@@ -118,7 +118,8 @@ class Dialect:
         )
 
     def grammar(self, tools: Iterable[Tool], *, must_call: bool, parallel: bool) -> str:
-        """Calls of these tools, or, unless one must call, text that doesn't begin as a call does; llguidance's Lark."""
+        """Calls of these tools, or, unless one must call, text that begins as no call does, thoughts before calls
+        included; llguidance's Lark."""
         bodies = [
             {
                 "type": "object",
@@ -144,7 +145,8 @@ class Dialect:
             several = f'"[" {several} "]"'
         first = re.escape(self.opening[0])
         start = "calls" if must_call else "calls | free"
-        free = rf"free: /([^{first}](.|\n)*)?/"
+        thought = r"<think>(.|\n)*|" if self.thinks and THINK.startswith(first) else ""
+        free = rf"free: /({thought}[^{first}](.|\n)*)?/"
         return "\n".join([f"start: {start}", f"calls: {several}", f"call: {one}", free, *rules])
 
     def read(self, text: str, tools: Sequence[Tool]) -> Reply:
@@ -173,16 +175,16 @@ class Dialect:
 
     def _calls_in(self, piece: str, names: set[str]) -> tuple[Call, ...]:
         try:
-            found = json.loads(piece)
+            found = _loaded(piece)
         except (ValueError, RecursionError):
             return ()
         calls: list[Call] = []
         for item in found if isinstance(found, list) else [found]:
             name = item.get("name") if isinstance(item, dict) else None
             arguments = item.get(self.argument_key) if isinstance(item, dict) else None
-            if name not in names or not isinstance(arguments, dict):
+            if not isinstance(name, str) or name not in names or not isinstance(arguments, dict):
                 return ()
-            calls.append(Call(str(name), json.dumps(arguments, ensure_ascii=False)))
+            calls.append(Call(name, json.dumps(arguments, ensure_ascii=False)))
         return tuple(calls)
 
 
@@ -193,6 +195,13 @@ def _role(message: ChatMessage) -> str:
 def _object(call: Any) -> Any:
     """A call's arguments as an object; what is no JSON stays the text it is."""
     try:
-        return json.loads(call.function.arguments)
+        return _loaded(call.function.arguments)
     except (ValueError, RecursionError):
         return call.function.arguments
+
+
+def _loaded(text: str) -> Any:
+    """What JSON says; raises `ValueError` also for what Python reads and nobody can write: NaN, half a character."""
+    found = json.loads(text)
+    json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+    return found

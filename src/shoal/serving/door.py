@@ -1,7 +1,8 @@
 """The way in: asks for the key, counts what was answered, and gives every error OpenAI's shape.
 
-Invariants: without a valid key nobody learns anything but that one is needed, and no body is read; every answer has an
-`x-request-id`; what fails inside is logged there and says nothing outside.
+Invariants: without a valid key nobody learns anything but that one is needed, and no body is read; where none is asked
+for, neither is a body of what another site's page sends (`origin`); every answer has an `x-request-id`; what fails
+inside is logged there and says nothing outside.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import secrets
 import time
 from collections.abc import Container
 
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -19,14 +21,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from shoal.serving.errors import ApiError
 from shoal.serving.keys import Keys
 from shoal.serving.metrics import Metrics
+from shoal.serving.origin import check_page
 
 logger = logging.getLogger("shoal.serving")
 
 OPEN_PATHS = ("/health",)
 """Answered without a key."""
 
-OWN_KEYS = ("/sessions/", "/console")
-"""Below these, sessions and the console ask for keys themselves."""
+CONSOLE = "/console"
+"""Below this, the console decides who is let in."""
+
+SESSIONS = "/sessions/"
+"""Below this, sessions ask for keys themselves."""
 
 
 class Door:
@@ -66,7 +72,13 @@ class Door:
             self._metrics.seconds.labels(path).observe(time.monotonic() - started)
 
     def _check_key(self, scope: Scope) -> None:
-        if not self._keys.names or scope["path"] in OPEN_PATHS or scope["path"].startswith(OWN_KEYS):
+        path: str = scope["path"]
+        if path in OPEN_PATHS or path.startswith(CONSOLE):
+            return
+        if not self._keys.names:
+            check_page(Headers(scope=scope))
+            return
+        if path.startswith(SESSIONS):
             return
         header = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         kind, _, key = header.decode("latin-1").partition(" ")

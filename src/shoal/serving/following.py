@@ -28,7 +28,7 @@ from shoal.broadcast.store import Store
 from shoal.broadcast.tensors import TensorView
 from shoal.engine.merging import merged
 from shoal.engine.source import LocalModel, resolve
-from shoal.errors import JoinRefused, NetworkError, RecordError, StorageError
+from shoal.errors import NetworkError, ShoalError
 from shoal.fabric.errors import RemoteError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import data_dir
@@ -138,8 +138,9 @@ class FollowedRun:
                 snapshot = await self._newest()
                 if snapshot.version > engine.version:
                     await self._put(engine, snapshot)
-            except (NetworkError, RecordError, StorageError, SnapshotGone, JoinRefused) as error:
-                # The run may have ended, or be out of reach for a while; what is served is as good as before.
+            except ShoalError as error:
+                # The run may have ended, or be out of reach for a while, or stages take the weights only later; what
+                # is served is as good as before.
                 self._tell(f"no newer version: {error}")
                 continue
             self._tell("")

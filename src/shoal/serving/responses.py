@@ -93,7 +93,8 @@ class ResponseBody(Body):
     """`POST /v1/responses`."""
 
     model: str = Field(max_length=1024)
-    input: str | Annotated[list[Said | Called | Returned], Field(min_length=1, max_length=MAX_MESSAGES)]
+    # The instructions are one message more.
+    input: str | Annotated[list[Said | Called | Returned], Field(min_length=1, max_length=MAX_MESSAGES - 1)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -135,6 +136,7 @@ class ResponseBody(Body):
             tools=tools or None,
             tool_choice=choice,
             parallel_tool_calls=self.parallel_tool_calls,
+            user=self.user,
             response_format=SchemaFormat(type="json_schema", json_schema=asked)
             if isinstance(asked, FlatSchema)
             else asked,

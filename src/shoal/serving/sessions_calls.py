@@ -120,7 +120,8 @@ async def session_chat(api: Api, house: House, request: Request) -> Response:
     prompt = asked.job.prompts[0]
     if place.parent != ROOT:
         try:
-            prompt = (*place.ids, *_following(api, body.messages[place.known :], asked.tools, place))
+            said = _following(api, body.messages[place.known :], asked.tools, place)
+            prompt = (*place.ids, *said, *asked.closing)
         except ModelError:
             place = Place()  # the template has no such turn of a conversation, so it is one of its own
     job = _begun(api, entry, replace(asked.job, prompts=[prompt]), limit, [place])

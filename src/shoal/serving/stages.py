@@ -212,6 +212,9 @@ class Stages:
         return encode(reply)
 
     async def _leave(self, request: Request) -> bytes:
+        if request.sender_key in self._keys:
+            # At once, and not when its link has ended: the plan must name nobody who is not here.
+            self._lost(request.sender_key, "it has left.")
         self._peers.pop(request.sender_key, None)
         self._hub.drop(request.sender_key)
         return encode(Ack())

@@ -9,7 +9,9 @@ itself again; so a healed network agrees within two or three seconds.
 
 Invariants: on the topic a node speaks for itself; only proofs of equivocation, grants and revocations are passed on
 there. What arrives is bounded in bytes and number, and in rate by its (proven) sender; those whom nobody granted
-anything share one rate. All tasks belong to the context manager, and end with it.
+anything share one rate. Every second exchange is with a node whose grant is known, or the root: whoever makes nodes
+look present, which takes no signature, cannot keep a node from those who are. All tasks belong to the context manager,
+and end with it.
 
 Not covered: publications may be lost and a node may be unreachable, so views differ for a while; nothing here decides
 by majority or order.
@@ -360,8 +362,14 @@ class Gossip:
                     await self._publish(Bundle(evidence=(proof,)))
 
     def _choose(self, number: int, among: list[str] | None = None) -> list[str]:
+        """Whom to compare notes with: by half, the root and those in the roster that it granted something."""
         present = sorted(self.present) if among is None else among
-        return self._random.sample(present, min(number, len(present)))
+        grants, now = self.roster.grants, self._clock()
+        granted = {node_id_of(grants.root), *(node_id_of(k) for k in self.roster.entries if grants.is_granted(k, now))}
+        vouched = [node_id for node_id in present if node_id in granted]
+        chosen = self._random.sample(vouched, min((number + self._random.randint(0, 1)) // 2, len(vouched)))
+        others = [node_id for node_id in present if node_id not in chosen]
+        return chosen + self._random.sample(others, min(number - len(chosen), len(others)))
 
     @property
     def present(self) -> frozenset[str]:

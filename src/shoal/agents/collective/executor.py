@@ -28,7 +28,7 @@ from blake3 import blake3
 from shoal.agents.collective.market import Market
 from shoal.agents.collective.patience import Asking
 from shoal.agents.collective.work import Expert, StepFailed, SubTask, Work
-from shoal.errors import NetworkError
+from shoal.errors import NetworkError, RecordError
 from shoal.fabric.errors import RemoteError
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
@@ -110,7 +110,7 @@ async def offer_to(asking: Asking, key: bytes, take: Take) -> bool:
             take_key(node_id_of(key)), encode(take), TAKE_S, to=key, max_reply_bytes=4096, absent_grace_s=0.2
         )
         return decode(answer, Taken, max_bytes=4096).accepted
-    except NetworkError as error:
+    except (NetworkError, RecordError) as error:  # no answer, or nonsense: there are others
         log.info("%s did not take a step: %s", node_id_of(key), error)
         return False
 

@@ -27,7 +27,7 @@ from shoal.agents.scheduler.records import Call, Decision, RunEvent
 from shoal.agents.scheduler.state import RunState
 from shoal.agents.tools.outcome import failure
 from shoal.agents.tools.toolbox import CANCEL_GRACE_S, Toolbox
-from shoal.errors import RunError
+from shoal.errors import RunError, ShoalError
 
 TRACER = trace.get_tracer("shoal.agents")
 """Spans go where the process has sent them, and cost nothing where it has not."""
@@ -127,7 +127,12 @@ class Runner:
         ]
         for event in events:  # A defect shows here, before it is written for ever.
             self.state.apply(event)
-        self._log.append(events)
+        try:
+            self._log.append(events)
+        except ShoalError as error:  # whoever asked for the events may be a timer, whose errors nobody sees
+            self._failure = self._failure or error
+            self._changed.set()
+            raise
         self._listener(events)
         self._changed.set()
 

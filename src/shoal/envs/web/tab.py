@@ -145,12 +145,12 @@ class Tab:
             self._loading = loading
 
     async def _follow(self, popup: Sheet) -> None:
-        """A window that the page opened becomes the page."""
+        """A window that the page opened becomes the page, if pages may go there: for us the browser opens files too."""
         try:
             await popup.wait_for_load_state("domcontentloaded")
             url = popup.url
             await popup.close()
-            if url not in ("", "about:blank"):
+            if url.startswith(("http://", "https://")):
                 self._loading = True
                 await self._sheet.goto(url)
         except Error:

@@ -27,12 +27,13 @@ from starlette.routing import BaseRoute, Route
 from shoal.coordinator.reporting.markup import Markup
 from shoal.errors import ShoalError
 from shoal.serving.console.answers import Ask
-from shoal.serving.console.door import COOKIE, Door, Visitor, give, now, same_origin
+from shoal.serving.console.door import COOKIE, Door, Visitor, give, now
 from shoal.serving.console.frame import login_page, page
 from shoal.serving.console.house import VIEWS, House
 from shoal.serving.console.html import PREFIX
 from shoal.serving.console.views import agents, episodes, memory, overview, playground, run, swarm
 from shoal.serving.events import EventStream, frame
+from shoal.serving.origin import same_origin
 
 logger = logging.getLogger("shoal.console")
 
@@ -120,7 +121,7 @@ class Console:
             return RedirectResponse(f"{PREFIX}/{VIEWS[0]}", 303)
         wrong = False
         if request.method == "POST":
-            if not same_origin(request):
+            if not same_origin(request.headers):
                 return PlainTextResponse("This was not asked by a page of ours.", 403)
             fields = parse_qs((await _body(request)).decode("utf-8", "replace"), max_num_fields=4)
             cookie = self._door.enter(fields.get("key", [""])[0], now())

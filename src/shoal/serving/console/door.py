@@ -14,13 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import re
 import secrets
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,6 +26,7 @@ from starlette.responses import Response
 from shoal.errors import StorageError
 from shoal.serving.console.html import PREFIX
 from shoal.serving.keys import Keys
+from shoal.serving.origin import is_of_this_machine, name_of, same_origin
 from shoal.swarm.keyfile import read_private, write_private
 
 COOKIE = "shoal_console"
@@ -97,19 +96,14 @@ class Door:
 
     def may_change(self, request: Request, visitor: Visitor, token: str) -> bool:
         """Whether a request that changes something comes from a page of this visitor."""
-        return same_origin(request) and hmac.compare_digest(token.encode(), self.token(visitor).encode())
+        return same_origin(request.headers) and hmac.compare_digest(token.encode(), self.token(visitor).encode())
 
     def answers(self, request: Request) -> bool:
         """Whether the name by which this server was asked for is one to be answered."""
         if self.asks:
             return True
-        name = (urlsplit(f"//{request.headers.get('host', '')}").hostname or "").rstrip(".")
-        if name in ("localhost", self._host):
-            return True
-        try:
-            return ipaddress.ip_address(name).is_loopback
-        except ValueError:
-            return False
+        name = name_of(request.headers)
+        return name == self._host or is_of_this_machine(name)
 
     def _cookie(self, who: str, now: float) -> str:
         said = f"{who}.{int(now)}.{secrets.token_hex(8)}"
@@ -117,12 +111,6 @@ class Door:
 
     def _mac(self, what: str, said: str) -> str:
         return hmac.new(self._secret, f"{what}:{said}".encode(), hashlib.sha256).hexdigest()
-
-
-def same_origin(request: Request) -> bool:
-    """Whether a page of this server asks, or no page at all."""
-    origin = request.headers.get("origin")
-    return origin is None or urlsplit(origin).netloc == request.headers.get("host", "")
 
 
 def give(response: Response, cookie: str) -> None:
