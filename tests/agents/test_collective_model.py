@@ -11,7 +11,8 @@ from shoal.agents.collective.work import NoChain, PlannedStep, StepFailed, SubTa
 from shoal.agents.tools.schema import Schema
 from shoal.engine.local import LocalEngine
 from shoal.engine.source import LocalModel
-from shoal.protocol.sampling import Grammar, SamplingParams
+from shoal.engine.tokenizer import Tokenizer
+from shoal.protocol.sampling import Completion, FinishReason, Grammar, SampleRequest, SamplingParams
 
 
 async def test_a_model_does_steps_and_writes_chains(model: Path) -> None:
@@ -37,6 +38,19 @@ async def test_a_model_does_steps_and_writes_chains(model: Path) -> None:
             await SamplerWriter(engine, engine.tokenizer, short).write("6 * 7", [])
         safe = await SamplerWriter(engine, engine.tokenizer, short, fallback="sums").write("6 * 7", [])
         assert safe.steps == [PlannedStep("sums", "6 * 7")] and not safe.as_asked
+
+
+@pytest.mark.parametrize("finish", ["cancelled", "error"])
+async def test_what_broke_off_is_no_result_and_no_chain(model: Path, finish: FinishReason) -> None:
+    class Broken:
+        async def sample(self, request: SampleRequest) -> Completion:
+            return Completion(token_ids=(5,), logprobs=(-1.0,), versions=(0,), finish=finish, text="4")
+
+    tokenizer = Tokenizer(model)
+    with pytest.raises(StepFailed, match="broke off"):
+        await SamplerExpert(Broken(), tokenizer).act(SubTask("sums", "2 + 2"))
+    with pytest.raises(NoChain, match="broke off"):
+        await SamplerWriter(Broken(), tokenizer, fallback="sums").write("2 + 2", [])
 
 
 def test_a_chain_is_read_and_needs_only_what_came_before() -> None:

@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 
 from shoal.agents.collective.answers import canonical, is_right
 from shoal.agents.collective.baselines import central, direct, majority, self_consistency
+from shoal.agents.collective.commissions import checked
 from shoal.agents.collective.executor import offer_to
 from shoal.agents.collective.node import CollectiveNode
 from shoal.agents.collective.sharing import OwnEntries
-from shoal.agents.collective.work import StepFailed, SubTask, Work
-from shoal.errors import StorageError
+from shoal.agents.collective.work import NoChain, PlannedStep, StepFailed, SubTask, Work
+from shoal.errors import ModelError, StorageError
 from shoal.fabric.fabric import Fabric
+from shoal.protocol.codec import to_json
 from shoal.protocol.collective import Place, Take
 from shoal.protocol.episode import Task
-from shoal.protocol.ledger import Contribution
+from shoal.protocol.ledger import Contribution, LedgerPage
 
 
 @pytest.fixture
@@ -93,6 +95,31 @@ async def test_a_step_goes_to_the_next_when_its_executor_dies_or_fails(stack: As
 
     await eventually(lambda: standing("victim") < 1.0 and standing("bad") < 1.0)
     assert standing("good") == 1.0
+
+
+async def test_a_step_that_an_expert_cannot_do_at_all_has_failed_at_once(
+    stack: AsyncExitStack, listener: Fabric
+) -> None:
+    """Whatever the reason: the lease is not waited for."""
+
+    class Broken(Script):
+        async def act(self, task: SubTask) -> Work:
+            raise ModelError("the template takes no system message.")
+
+    poser = await enter(stack, listener, "poser", None)
+    broken = await enter(stack, listener, "broken", Broken({"product": 0.9, "sum": 0.9}))
+    good = await enter(stack, listener, "good", Script({"product": 0.1, "sum": 0.1}), Halves(), slots=4, lease_s=30.0)
+    await eventually(lambda: here(poser, broken, good))
+    found = await poser.solve("(6 * 7) + 8", planners=1, timeout_s=20.0)
+    assert found.answer == "50" and found.chains[0].executors == (good.id, good.id)
+
+
+@pytest.mark.parametrize("task", ["", "  ", "x" * 16_001])
+@pytest.mark.parametrize("requirement", [True, False])
+def test_a_chain_with_a_step_that_nobody_could_be_told_is_none(task: str, requirement: bool) -> None:
+    step = PlannedStep(task, "6 * 7") if requirement else PlannedStep("a product", task)
+    with pytest.raises(NoChain, match="step 1"):
+        checked([step])
 
 
 async def test_who_answers_nonsense_has_not_taken_the_step() -> None:
@@ -198,6 +225,20 @@ async def test_an_identity_that_comes_back_goes_on_with_what_it_said(
     kept.write_text("nonsense\n")
     with pytest.raises(StorageError, match="contradict"):
         OwnEntries(kept)
+
+
+def test_what_was_said_is_never_written_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that is killed while it reads what it said must not have forgotten half of it."""
+
+    def no(*_: object) -> int:
+        raise AssertionError("the file is written anew")
+
+    kept = tmp_path / "said.jsonl"
+    page = to_json(LedgerPage(entries=())) + b"\n"
+    kept.write_bytes(2 * page + page[:5])
+    monkeypatch.setattr(Path, "write_bytes", no)
+    OwnEntries(kept)
+    assert kept.read_bytes() == 2 * page
 
 
 async def test_a_central_scheduler_gives_every_step_away_itself(stack: AsyncExitStack, listener: Fabric) -> None:

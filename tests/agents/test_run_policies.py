@@ -26,7 +26,8 @@ from shoal.agents.scheduler.state import StepState
 from shoal.agents.tools.outcome import Success, failure
 from shoal.engine.local import LocalEngine
 from shoal.engine.source import LocalModel
-from shoal.protocol.sampling import SamplingParams
+from shoal.engine.tokenizer import Tokenizer
+from shoal.protocol.sampling import Completion, SampleRequest, SamplingParams
 from shoal.serving.server import listen
 
 CARDS = {"add": tool(add).card, "wait": tool(wait).card}
@@ -50,6 +51,19 @@ async def test_a_model_in_this_process_writes_only_decisions(model: Path) -> Non
 
         found = await asyncio.gather(*(one(seed) for seed in range(24)))
     assert any(whole for whole, _ in found)
+
+
+async def test_a_template_that_refuses_the_conversation_ends_a_run_with_its_reason(model: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(model)
+    tokenizer.hf.chat_template = "{{ raise_exception('no system message is known here') }}"
+
+    class Nobody:
+        async def sample(self, request: SampleRequest) -> Completion:
+            raise AssertionError("there is nothing to ask")
+
+    async with House(tmp_path, [tool(add)], SamplerPolicy(Nobody(), tokenizer)) as house:
+        events = await house.run()
+    assert events[-1].data["reason"] == "policy" and "no system message" in events[-1].data["message"]
 
 
 @asynccontextmanager

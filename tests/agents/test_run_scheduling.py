@@ -17,6 +17,7 @@ from shoal.agents.scheduler.guards import Guards, at_most, without
 from shoal.agents.scheduler.policy import Decided, PolicyError, ScriptedPolicy, View
 from shoal.agents.scheduler.records import Budget, Decision, RunEvent, RunRequest, Spent
 from shoal.agents.tools.card import Use
+from shoal.api.agent import _done
 from shoal.errors import CapacityError, ConfigError, RecordError, RunError, StorageError
 
 
@@ -228,6 +229,18 @@ async def test_a_log_that_takes_nothing_stops_a_run_also_when_its_clock_finds_ou
         with pytest.raises(StorageError):
             async with asyncio.timeout(10):
                 await house.run(budget=Budget(seconds=0.1))
+
+
+async def test_a_caller_that_is_interrupted_leaves_no_run_behind(tmp_path: Path) -> None:
+    async with House(tmp_path, [tool(wait)], turns(plan(call("w", "wait", seconds=99)))) as house:
+        task = asyncio.create_task(_done(house.runs, RunRequest(task="wait")))
+        async with asyncio.timeout(10):
+            while not (runs := house.runs.newest(1)):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        end = house.runs.state(runs[0]["id"]).end
+        assert task.cancelled() and end is not None and end.data["reason"] == "cancelled"
 
 
 async def test_unusable_decisions_are_told_and_three_in_a_row_end_the_run(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 from agent_cases import House, answer, call, plan, results, turns
+from mcp import MCPError
 from mcp.client import Client
 from mcp.client.stdio import StdioServerParameters
+from mcp_types import CONNECTION_CLOSED
 
 from shoal.agents.tools.card import Use
 from shoal.agents.tools.mcp_client import McpServer, McpServers
@@ -346,3 +348,54 @@ async def test_servers_of_others_from_npm(tmp_path: Path) -> None:
     assert "hello" in str(found["echo"]) and "42" in str(found["sum"])
     assert "the blue whale" in str(found["read"]) and "is blue" in str(found["found"])
     assert found["escape"] == "!error" and found["wrong"] == "!arguments"
+
+
+class Breaking:
+    """A connection that breaks for each of its calls when that is let go."""
+
+    def __init__(self) -> None:
+        self.calls: list[asyncio.Event] = []
+
+    async def call_tool(self, *_: object, **__: object) -> None:
+        self.calls.append(asyncio.Event())
+        await self.calls[-1].wait()
+        raise MCPError(CONNECTION_CLOSED, "it is closed")
+
+
+async def test_a_call_that_hears_late_of_a_broken_connection_leaves_the_next_one_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server = McpServer(ServerConfig(name="s", where=StdioServer(command="none")))
+    made: list[Breaking] = []
+
+    async def hold(ready: asyncio.Future[Breaking], stop: asyncio.Event) -> None:
+        made.append(Breaking())
+        ready.set_result(made[-1])
+        await stop.wait()
+
+    monkeypatch.setattr(server, "_hold", hold)
+    calls = [asyncio.create_task(server.call("x", {}, print)) for _ in range(2)]
+    while not made or len(made[0].calls) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    for number, call_ in enumerate(calls):
+        made[0].calls[number].set()
+        await asyncio.wait({call_})
+        assert isinstance(call_.exception(), MCPError)
+        assert await server._connected(print) is made[1]  # type: ignore[comparison-overlap]
+    await server.close()
+    assert len(made) == 2
+
+
+async def test_a_start_that_is_ended_by_others_is_no_cancellation(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = McpServer(ServerConfig(name="s", where=StdioServer(command="none")))
+
+    async def hold(ready: object, stop: asyncio.Event) -> None:
+        await stop.wait()
+
+    monkeypatch.setattr(server, "_hold", hold)
+    connecting = asyncio.create_task(server._connected(lambda _: None))
+    while server._owner is None:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    server._owner.cancel()
+    with pytest.raises(NetworkError, match="it was ended"):
+        await connecting

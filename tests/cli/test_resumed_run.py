@@ -1,4 +1,4 @@
-"""A coordinator that comes back leads its workers before its learner can."""
+"""A coordinator that comes back: it leads its workers before its learner can, or says in a sentence why it cannot."""
 
 from __future__ import annotations
 
@@ -34,3 +34,18 @@ def test_work_is_handed_out_while_the_learner_is_still_starting(runs: Runs) -> N
     assert resumed.wait() == 0, resumed.said + run.logs()
     assert worker.wait() == 0, worker.said
     run.check(steps=14)
+
+
+def test_tickets_that_cannot_be_written_are_one_sentence(runs: Runs) -> None:
+    """A full disk met a coordinator in the moment between its first answer and its tickets, and what was already at
+    work ended in tracebacks. Here something else has the ticket's name."""
+    train = runs.train("--workers", "0", eval__before=False)
+    run = runs.run
+    until(lambda: (run.path / "ticket.txt").exists(), train)
+    train.send(signal.SIGINT)
+    assert train.wait() == 130
+    (run.path / "own-ticket.txt").unlink()
+    (run.path / "own-ticket.txt").mkdir()
+    resumed = runs.shoal("train", "--resume", run.path, "--json")
+    assert resumed.wait() == 2
+    assert "cannot be written" in resumed.said and "Traceback" not in resumed.said, resumed.said

@@ -108,8 +108,8 @@ def test_a_new_run_waits_for_its_first_version(tmp_path: Path) -> None:
 
 def test_histories_with_long_absences_of_the_learner(tmp_path: Path) -> None:
     """Restarts at random, after which the learner takes its time: whole groups, none twice, none staler than S."""
-    alone = sum(_history(tmp_path / str(seed), random.Random(seed)) for seed in range(8))
-    assert alone > 30, "nobody ever went on alone: these histories show nothing"
+    alone = sum(_history(tmp_path / str(seed), random.Random(seed)) for seed in range(5))
+    assert alone > 15, "nobody ever went on alone: these histories show nothing"
 
 
 def _history(tmp_path: Path, rng: random.Random) -> int:

@@ -38,6 +38,7 @@ def block(name: str, language: str) -> str:
 
 
 def test_the_pages_configuration_is_one() -> None:
+    pytest.importorskip("websockets", reason="needs websockets: pip install 'shoal[openenv]'")
     config = config_from(tomllib.loads(block("guessing.toml", "toml")))
     for kind, settings in config.worlds.values():
         assert make(kind, settings).task("train", 0, 0).seed < 2**30

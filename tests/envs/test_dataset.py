@@ -1,6 +1,6 @@
 """Data sets in the hub's formats, as files and folders on this machine; what is said where there is no hub.
 
-Nothing here reaches the hub: that part is tried as far as its absence goes.
+Nothing here reaches the hub; `test_dataset_hub` fetches from a server that answers as it does.
 """
 
 from __future__ import annotations
@@ -149,7 +149,10 @@ def test_no_reader_but_the_known_ones(tmp_path: Path) -> None:
         make("dataset", {"name": str(tmp_path / "code")}).task("train", 0, 0)
 
 
-@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:1"}])
+@pytest.mark.parametrize(
+    "environment",
+    [{"HF_HUB_OFFLINE": "1"}, pytest.param({"HF_ENDPOINT": "http://127.0.0.1:1"}, marks=pytest.mark.slow)],
+)
 def test_where_there_is_no_hub(tmp_path: Path, environment: dict[str, str]) -> None:
     """In a process of its own: the hub's address and its absence are read once."""
     code = (

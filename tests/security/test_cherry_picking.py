@@ -121,6 +121,7 @@ def test_who_gives_everything_up_does_not_end_the_run(tmp_path: Path) -> None:
     groups = Counter[str]()
     for attempt in range(2 * MAX_VOID_ATTEMPTS):
         held = control.lease("picker", 64, attempt * LONG_S).lease
+        assert control.failure is None, "one worker's word ended the run"
         assert held is not None
         groups[held.group] += 1
         nothing = tuple(void(held, index, "picker") for index in range(len(held.tasks)))

@@ -49,6 +49,7 @@ async def read_by(policy_path: Path, tools: list[object], *calls: object) -> lis
     return shown[0]
 
 
+@pytest.mark.slow
 async def test_a_page_that_speaks_as_others_do(tmp_path: Path) -> None:
     """From a real server through the tool and the prompt to token ids: what it writes stays the text of a result."""
     directory = make_checkpoint(tmp_path / "model")

@@ -1,9 +1,11 @@
-"""Keys, the gate, receipts."""
+"""Keys, the gate, receipts, streams."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import AsyncGenerator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -13,6 +15,7 @@ from shoal.cli import serve
 from shoal.errors import ConfigError, RecordError, StorageError
 from shoal.fabric.identity import Identity
 from shoal.serving import keys, receipt
+from shoal.serving.api import Api
 from shoal.serving.errors import ApiError
 from shoal.serving.gate import LONGEST_RETRY_S, Gate
 
@@ -103,3 +106,22 @@ def test_the_command_says_what_a_receipt_says_and_refuses_a_changed_one(
         serve.run(verify_receipt=path)
     with pytest.raises(StorageError, match="cannot be read"):
         serve.run(verify_receipt=tmp_path / "none")
+
+
+async def test_what_makes_a_stream_is_closed_with_it() -> None:
+    """At once: it holds slots of the engine."""
+    closed: list[bool] = []
+
+    async def frames() -> AsyncGenerator[bytes]:
+        try:
+            while True:
+                yield b"data"
+        finally:
+            closed.append(True)
+
+    api = SimpleNamespace(metrics=SimpleNamespace(first_piece=SimpleNamespace(observe=lambda seconds: None)))
+    made = frames()
+    watched = Api._watched(api, made)  # type: ignore[arg-type]
+    assert await anext(watched) == b"data"
+    await watched.aclose()
+    assert closed == [True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -155,7 +156,11 @@ class Agent:
 
 async def _done(runs: Runs, request: Any) -> Done:
     name = runs.start(request)
-    await runs.ended(name)
+    try:
+        await runs.ended(name)
+    except asyncio.CancelledError:
+        runs.cancel(name)  # whoever was interrupted waits for it no more, and it would go on by itself
+        raise
     told = runs.summary(name)
     return Done(
         run=name,

@@ -182,8 +182,9 @@ async def _train(
     admission = Admission.of(run, colocated=config.learner.mode == "colocated")
     children = Children(run.path / "logs")
     started = time.monotonic()
-    async with await _listen(config, run, kept_port(run), say) as fabric:
+    async with await _listen(config, run, kept_port(run), say) as fabric, contextlib.AsyncExitStack() as opened:
         coordinator = Coordinator(config, control, run, fabric, admission)
+        opened.push_async_callback(coordinator.close)  # whatever goes wrong from here on: its tasks use the fabric
         await coordinator.start()
         ticket = write_tickets(config, run, fabric, admission)
         session = Session(config, run, coordinator, ticket, started)
@@ -194,7 +195,7 @@ async def _train(
                     await _supervise(session, children, interrupted, view, on_ready)
         finally:
             await children.end_all()
-            await coordinator.close()
+            await opened.aclose()
             with contextlib.suppress(StorageError):  # the full disk may be why the run ends
                 run.event("run.ended", version=control.version)
             view(session)

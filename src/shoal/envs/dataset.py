@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("shoal.envs")
 
-READERS = ("arrow", "csv", "json", "parquet")
-"""What reads a data set's files."""
+READERS = ("arrow", "cache", "csv", "json", "parquet")
+"""What reads a data set's files; `cache`, what was read before."""
 
 SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".arrow": "arrow"}
 """A single file's reader."""
@@ -92,18 +92,18 @@ def _read(settings: DatasetSettings, split: str) -> tuple[Row, ...]:
         raise TaskError(
             f"{where} has {len(table)} rows, over {MAX_ROWS}.", f"Name a part: train_split = '{split}[:1%]'."
         )
-    rows, unfit = [], []
+    rows, first_unfit, num_unfit = [], None, 0
     for number, record in enumerate(table):
         try:
             rows.append(row_of(record, settings, f"{where}, row {number}"))
         except TaskError as error:
             if not settings.skip_unfit:
                 raise TaskError(error.problem, f"{error.remedy} Or set skip_unfit = true.".strip()) from None
-            unfit.append(error)
+            first_unfit, num_unfit = first_unfit or error, num_unfit + 1
     if not rows:
-        raise unfit[0] if unfit else TaskError(f"{where} holds no questions.")
-    if unfit:
-        log.warning("%s: %d of %d rows left out; the first: %s", where, len(unfit), len(table), unfit[0].problem)
+        raise first_unfit or TaskError(f"{where} holds no questions.")
+    if first_unfit:
+        log.warning("%s: %d of %d rows left out; the first: %s", where, num_unfit, len(table), first_unfit.problem)
     return distinct(rows)
 
 
@@ -172,13 +172,13 @@ def _builder(settings: DatasetSettings, local: Path | None) -> DatasetBuilder:
 def _refused(settings: DatasetSettings, error: Exception, *, is_local: bool, reachable: bool) -> TaskError:
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     reason = lines[0][:MAX_REASON_CHARS].rstrip(".")
-    if is_local:
-        return TaskError(f"data set {settings.name!r} cannot be read: {reason}.", "Check name, subset and splits.")
-    if reachable:
+    if reachable and not is_local:
         return TaskError(
             f"data set {settings.name!r} cannot be had from the Hugging Face Hub: {reason}.",
             "Check name, subset, revision and splits; for a private or gated one log in with `hf auth login`.",
         )
+    if is_local or not isinstance(error, ConnectionError):
+        return TaskError(f"data set {settings.name!r} cannot be read: {reason}.", "Check name, subset and splits.")
     return TaskError(
         f"data set {settings.name!r} is no folder or file here, the Hugging Face Hub does not answer, and it was not "
         f"fetched before.",

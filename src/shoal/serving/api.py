@@ -10,7 +10,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -169,11 +169,12 @@ class Api:
     async def _watched(self, frames: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
         started = time.monotonic()
         first = True
-        async for data in frames:
-            if first:
-                self.metrics.first_piece.observe(time.monotonic() - started)
-                first = False
-            yield data
+        async with aclosing(frames):
+            async for data in frames:
+                if first:
+                    self.metrics.first_piece.observe(time.monotonic() - started)
+                    first = False
+                yield data
 
     async def _while_listened(self, request: Request, work: Awaitable[T]) -> T:
         task = asyncio.ensure_future(work)

@@ -132,7 +132,9 @@ class FollowedRun:
     async def _follow(self, engine: Swappable) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._news.wait(), ASK_S)
+                # Not `wait_for`: before Python 3.12 it loses a cancellation that comes together with the news.
+                async with asyncio.timeout(ASK_S):
+                    await self._news.wait()
             self._news.clear()
             try:
                 snapshot = await self._newest()

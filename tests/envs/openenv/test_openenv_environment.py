@@ -21,6 +21,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from shoal.envs.base import Environment
+from shoal.envs.openenv import session
 from shoal.envs.registry import make
 from shoal.errors import ConfigError, NetworkError, RecordError, TaskError
 from shoal.protocol.episode import Episode, Task, Turn
@@ -104,7 +105,7 @@ async def serving(world: Guessing) -> AsyncIterator[str]:
 
 
 def guessing(url: str, kind: str = "openenv", **settings: Any) -> Environment:
-    return make(kind, {"base_url": url, "observation_keys": ["text"], "timeout_s": 5.0} | settings, name="guess")
+    return make(kind, {"base_url": url, "observation_keys": ["text"], "timeout_s": 60.0} | settings, name="guess")
 
 
 def right(task: Task) -> str:
@@ -198,13 +199,13 @@ async def test_a_server_that_fails_is_no_fault_of_the_agent(fault: str, said: st
     world = Guessing()
     async with serving(world) as url:
         for kind in ("reset", "step"):
-            env = guessing(url, timeout_s=0.5 if fault == "hang" else 5.0)
+            env = guessing(url, timeout_s=0.5 if fault == "hang" else 60.0)
             task = env.task("train", 0, 0)
             world.fault = {kind: fault}
             with pytest.raises(NetworkError, match=said):
                 await env.score(task, [right(task)])
             world.fault = {}
-            assert (await env.score(task, [right(task)])).done, "the slot was let go of"
+            assert (await guessing(url).score(task, [right(task)])).done, "the slot was let go of"
 
 
 async def test_an_environment_that_fails_may_have_a_price() -> None:
@@ -250,6 +251,12 @@ def test_held_out_seeds_are_never_trained_on() -> None:
 def test_settings_that_cannot_be(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         make("openenv", {"base_url": "http://127.0.0.1:1"} | settings)
+
+
+def test_without_the_package_a_run_does_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"websockets.*shoal\[openenv\]"):
+        guessing("http://127.0.0.1:1")
 
 
 async def test_a_live_one_takes_a_worker_at_its_word() -> None:

@@ -24,7 +24,16 @@ from shoal.fabric.errors import RemoteError
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
 from shoal.protocol.codec import decode, encode
-from shoal.protocol.collective import MAX_STEPS, ChainResult, Commission, Judged, Progress, Underway
+from shoal.protocol.collective import (
+    MAX_REQUIREMENT_CHARS,
+    MAX_STEPS,
+    MAX_TASK_CHARS,
+    ChainResult,
+    Commission,
+    Judged,
+    Progress,
+    Underway,
+)
 
 log = logging.getLogger("shoal.collective")
 
@@ -143,11 +152,16 @@ def checked(steps: Sequence[PlannedStep]) -> list[PlannedStep]:
     """A chain, if it can be executed.
 
     Raises:
-        NoChain: it is empty, too long, or a step needs one that does not come before it.
+        NoChain: it is empty, too long, or has a step that nobody could be told, or that needs one that does not come
+            before it.
     """
     if not 1 <= len(steps) <= MAX_STEPS:
         raise NoChain(f"a chain has {len(steps)} steps; 1 to {MAX_STEPS} are possible.")
     for number, step in enumerate(steps):
+        if not step.requirement.strip() or not step.task.strip():
+            raise NoChain(f"step {number + 1} says nothing.")
+        if len(step.requirement) > MAX_REQUIREMENT_CHARS or len(step.task) > MAX_TASK_CHARS:
+            raise NoChain(f"step {number + 1} is too long.")
         if any(not 0 <= one < number for one in step.needs):
             raise NoChain(f"step {number + 1} needs a step that does not come before it.")
     return list(steps)

@@ -28,7 +28,7 @@ from blake3 import blake3
 from shoal.agents.collective.market import Market
 from shoal.agents.collective.patience import Asking
 from shoal.agents.collective.work import Expert, StepFailed, SubTask, Work
-from shoal.errors import NetworkError, RecordError
+from shoal.errors import NetworkError, RecordError, ShoalError
 from shoal.fabric.errors import RemoteError
 from shoal.fabric.identity import node_id_of
 from shoal.fabric.service import Request
@@ -236,7 +236,7 @@ class Executor:
                 brief_key(node), body, limit_s, to=planner, max_reply_bytes=MAX_BYTES, absent_grace_s=1.0
             )
             briefing = decode(answer, Briefing, max_bytes=MAX_BYTES)
-        except NetworkError as error:
+        except (NetworkError, RecordError) as error:
             log.info("step %d was taken and is not there: %s", place.step, error)
             self.stopped += 1
             return
@@ -261,7 +261,7 @@ class Executor:
         requirement = briefing.next_requirement
         choosing = asyncio.create_task(self._choose_ahead(requirement, briefing.lease_s)) if requirement else None
         try:
-            work = await self._expert.act(SubTask(briefing.requirement, briefing.task, briefing.needed))
+            work = await self._done_by(self._expert, SubTask(briefing.requirement, briefing.task, briefing.needed))
             result, seconds = work.result[:MAX_RESULT_CHARS], time.monotonic() - began
             following = b""
             if choosing is not None:
@@ -296,6 +296,16 @@ class Executor:
             self.done += 1
         else:
             self._awaiting.pop(place, None)  # Somebody else's result stands in its place.
+
+    async def _done_by(self, expert: Expert, task: SubTask) -> Work:
+        """What the expert makes of a step; whatever else keeps it from that is a failure too, of which its planner is
+        to hear before the lease runs out."""
+        try:
+            return await expert.act(task)
+        except StepFailed:
+            raise
+        except ShoalError as error:
+            raise StepFailed(f"it cannot be done here: {error.problem}") from error
 
     async def _choose_ahead(self, requirement: str, lease_s: float) -> list[Chosen]:
         await asyncio.sleep(AHEAD_S)

@@ -27,7 +27,7 @@ from shoal.memory.recall import Recall
 from shoal.protocol.chat import Message
 from shoal.protocol.collective import MAX_REQUIREMENT_CHARS
 from shoal.protocol.episode import Episode, Task, Turn
-from shoal.protocol.sampling import Grammar, Sampler, SampleRequest, SamplingParams
+from shoal.protocol.sampling import Completion, Grammar, Sampler, SampleRequest, SamplingParams
 
 ENVIRONMENT = "agents.collective"
 """What a step's task names as its environment."""
@@ -72,10 +72,10 @@ class SamplerExpert:
         if self.recall is not None and (notes := self.recall(task.task).text):
             words = f"{notes}\n\n{words}"
         said.append(Message(role="user", content=words))
-        prompt = self.tokenizer.prompt(said)
         try:
+            prompt = self.tokenizer.prompt(said)
             request = SampleRequest(prompt_ids=tuple(prompt), params=self.params, grammar=self.grammar)
-            completion = await self.sampler.sample(request)
+            completion = await _sampled(self.sampler, request)
         except (CapacityError, ConfigError, ModelError) as error:
             raise StepFailed(f"the model does not do it: {error.problem}") from None
         data = {"requirement": task.requirement, "shown": said[-1].content, "instructions": self.instructions}
@@ -85,6 +85,14 @@ class SamplerExpert:
         turn = Turn(context_ids=tuple(prompt), observation=shown, completion=completion, grammar=self.grammar)
         episode = _episode(turn, data, self.params.temperature, began)
         return Work(completion.text.strip(), tokens=len(prompt) + len(completion.token_ids), episode=episode)
+
+
+async def _sampled(sampler: Sampler, request: SampleRequest) -> Completion:
+    """A completion that its model ended; one that broke off is nobody's word."""
+    completion = await sampler.sample(request)
+    if completion.finish in ("cancelled", "error"):
+        raise ModelError("its answer broke off.")
+    return completion
 
 
 def _episode(turn: Turn, data: dict[str, Any], temperature: float, began: float) -> Episode:
@@ -129,7 +137,7 @@ class SamplerWriter:
         try:
             prompt = tuple(self.tokenizer.prompt(said))
             request = SampleRequest(prompt_ids=prompt, params=self.params, grammar=grammar)
-            completion = await self.sampler.sample(request)
+            completion = await _sampled(self.sampler, request)
         except (CapacityError, ConfigError, ModelError) as error:
             raise NoChain(f"the model writes no chain: {error.problem}") from None
         tokens = len(prompt) + len(completion.token_ids)

@@ -50,8 +50,12 @@ class OwnEntries:
         self._path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [to_json(page) + b"\n" for page in read_jsonl(path, LedgerPage)] if path.exists() else []
-            path.write_bytes(b"".join(lines))  # Without the half line that a killed writer may have left.
+            path.touch()
+            for _ in read_jsonl(path, LedgerPage):
+                pass  # all of it can be read
+            # Cut, and not written anew: a process that is killed meanwhile must forget nothing.
+            with path.open("r+b") as file:
+                file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))  # a killed writer's half line
         except OSError as error:
             raise StorageError(f"{path} cannot be written: {error.strerror}.", "Give another --identity.") from None
         except RecordError as error:

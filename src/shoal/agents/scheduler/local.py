@@ -44,10 +44,11 @@ class SamplerPolicy:
         grammar = Grammar(kind="json_schema", text=msgspec.json.encode(schema).decode())
         chars = self.prompt_chars
         while True:
-            before, context, shown = self._conversation(view, chars)
-            prompt = (*before, *context)
-            request = SampleRequest(prompt_ids=prompt, params=self.params, grammar=grammar)
+            before: list[int] = []
             try:
+                before, context, shown = self._conversation(view, chars)
+                prompt = (*before, *context)
+                request = SampleRequest(prompt_ids=prompt, params=self.params, grammar=grammar)
                 completion = await self.sampler.sample(request)
                 break
             except CapacityError as error:

@@ -100,7 +100,8 @@ class McpServer:
             meta: Any = {CALLER_META: caller} if (caller := CALLER.get()) else None
             return await client.call_tool(tool, arguments, progress_callback=on_progress, meta=meta)
         except MCPError as error:
-            if error.code == mcp_types.CONNECTION_CLOSED:
+            # Of many calls that break together the last may hear of it when there is another connection already.
+            if error.code == mcp_types.CONNECTION_CLOSED and self._client is client:
                 await self._disconnect()
             raise
 
@@ -146,7 +147,8 @@ class McpServer:
             raise self._unreachable(f"no answer within {self.config.connect_timeout_s:g} s") from None
         if not ready.done():
             self._owner = None
-            raise self._unreachable(_innermost(owner.exception())) from None
+            why = "it was ended" if owner.cancelled() else _innermost(owner.exception())
+            raise self._unreachable(why) from None
         self._client = ready.result()
         self.num_starts += 1
         return self._client

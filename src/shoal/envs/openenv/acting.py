@@ -4,9 +4,9 @@
     json    the reply is the action, a JSON object of the server's schema   {"row": 1, "column": 2}
     tool    the reply is a call of one of the environment's tools           {"tool": "move", "arguments": {"x": 1}}
 
-Invariants: `read` gives one JSON object or raises `ActionError`; whatever a grammar lets through is read; the same
-observation gives the same text everywhere, at most so long, and without `metadata` unless that is asked for (servers
-keep times and ids there).
+Invariants: `read` gives one JSON object or raises `ActionError`; whatever a grammar lets through is read, but for
+numbers that no float holds; the same observation gives the same text everywhere, at most so long, and without
+`metadata` unless that is asked for (servers keep times and ids there).
 """
 
 from __future__ import annotations

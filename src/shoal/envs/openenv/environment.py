@@ -24,7 +24,7 @@ from pydantic import Field, field_validator, model_validator
 
 from shoal.envs.base import Environment, EnvironmentSettings, Observation, Split, Step, check_cursor, stable_int
 from shoal.envs.openenv.acting import Acting, ActionError, Form
-from shoal.envs.openenv.session import Observed, Refused, Server, Session
+from shoal.envs.openenv.session import Observed, Refused, Server, Session, require_websockets
 from shoal.errors import RecordError, TaskError
 from shoal.protocol.chat import Message
 from shoal.protocol.episode import MAX_TURNS, Episode, Task
@@ -106,7 +106,9 @@ class OpenEnv(Environment):
     settings: OpenEnvSettings
 
     def __init__(self, settings: EnvironmentSettings | None = None, *, name: str = "") -> None:
+        """Raises: ConfigError where this machine lacks the WebSocket client."""
         super().__init__(settings, name=name)
+        require_websockets()
         self._server = Server(self.settings.base_url, self.settings.timeout_s, self.settings.key_variable)
         self._slot: asyncio.Semaphore | None = None
         self._session: Session | None = None

@@ -18,8 +18,9 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 import msgspec
@@ -38,7 +39,7 @@ MAX_TOOLS = 256
 FULL = "CAPACITY_REACHED"
 FULL_PAUSE_S = 0.25
 """Before a full server is asked again; twice as long each time."""
-FULL_LONGEST_PAUSE_S = 4.0
+FULL_LONGEST_PAUSE_S = 1.0
 
 CLOSE_TIMEOUT_S = 5.0
 
@@ -142,6 +143,7 @@ class Server:
                 proxy=None if self._is_local else True,
                 max_size=MAX_MESSAGE_BYTES,
                 open_timeout=self.timeout_s,
+                ping_timeout=self.timeout_s,  # an environment that computes may keep its server from answering pings
                 close_timeout=CLOSE_TIMEOUT_S,
             )
         except (OSError, TimeoutError, ValueError, failures) as error:
@@ -162,7 +164,7 @@ class Server:
         with httpx.Client(timeout=self.timeout_s, trust_env=not self._is_local, headers=self._headers) as client:
             try:
                 (name, *_) = self._body(client.get(f"{self._root}/list_environments"), list[str]) or [""]
-                answer = client.post(f"{self._root}/{name}/num_tasks", json={"split": split})
+                answer = client.post(f"{self._root}/{quote(name, safe='')}/num_tasks", json={"split": split})
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise self._silent(error) from None
         return self._body(answer, _Counted).num_tasks
@@ -265,13 +267,18 @@ def _convert(value: Any, kind: type[T], where: str) -> T:
         raise NetworkError(f"{where} does not speak OpenEnv's protocol: {error}.") from None
 
 
-def _websockets() -> tuple[type[connect], type[WebSocketException]]:
-    try:
-        from websockets.asyncio.client import connect
-        from websockets.exceptions import WebSocketException
-    except ImportError:
+def require_websockets() -> None:
+    """Raise `ConfigError` where the package is missing: before a run, not in each of its episodes."""
+    if find_spec("websockets") is None:
         raise ConfigError(
             "an OpenEnv environment needs the package websockets, which is not installed.",
             "Install it: pip install 'shoal[openenv]'.",
-        ) from None
+        )
+
+
+def _websockets() -> tuple[type[connect], type[WebSocketException]]:
+    """Loaded when they are used: whoever only looks through the environments need not have them."""
+    from websockets.asyncio.client import connect
+    from websockets.exceptions import WebSocketException
+
     return connect, WebSocketException
