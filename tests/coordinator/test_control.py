@@ -18,6 +18,9 @@ from shoal.coordinator.control import MAX_VOID_ATTEMPTS, Control
 from shoal.coordinator.evaluation import MAX_FRUITLESS_LEASES
 from shoal.coordinator.pauses import MAX_PAUSE_S
 from shoal.coordinator.summary import summarise
+from shoal.coordinator.verification import Limits, verdicts
+from shoal.envs.base import Step
+from shoal.errors import NetworkError
 from shoal.protocol.episode import Episode
 from shoal.protocol.work import Lease, Submission
 from tiny import FirstDigit
@@ -155,6 +158,24 @@ def test_void_is_leased_again_and_never_a_reward(tmp_path: Path) -> None:
     assert again.group == held.group and again.id != held.id
     assert (again.tasks, again.seeds) == (held.tasks, held.seeds)
     assert submit(control, submission(again, "bob"), "bob") == {"accepted": 4}
+
+
+class _Unreachable(FirstDigit):
+    """An environment on a server that is away."""
+
+    async def step(self, action: str, *, truncated: bool = False) -> Step:
+        raise NetworkError("the environment's server does not answer.")
+
+
+def test_what_cannot_be_played_again_now_is_nobodys_lie(tmp_path: Path) -> None:
+    control = make(tmp_path)
+    control.stepped(report(0, metrics=False), {})
+    held = lease(control)
+    episodes = submission(held, "ann").episodes
+    for env, wanted in ((FirstDigit(name="digit"), "accepted"), (_Unreachable(name="digit"), "void")):
+        judged = asyncio.run(verdicts(held, episodes, "ann", 0, Limits(64, 82), {"digit": env}))
+        assert [verdict for verdict, _ in judged] == [wanted] * 4
+        assert all(("does not answer" in played.problem) == (wanted == "void") for _, played in judged)
 
 
 @pytest.mark.parametrize("sent", [0, 1, 3])

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from shoal.envs.base import Environment
-from shoal.errors import ShoalError
+from shoal.errors import NetworkError, ShoalError
 from shoal.protocol.chat import Message
 from shoal.protocol.episode import Episode, Task, Turn
 from shoal.protocol.sampling import Grammar
@@ -99,6 +99,8 @@ class Replay(NamedTuple):
     """The conversation that the environment opens with; none where an agent's own program does."""
     unfinished: str | None = None
     """What the environment said last, where the episode was not over then."""
+    is_known: bool = True
+    """False where what the environment needs did not answer: then nobody can say whether the claim is true."""
 
 
 def is_played(env: Environment) -> bool:
@@ -125,7 +127,8 @@ async def verdicts(
         if not problem and is_played(env):
             problem = cut_short(episode, lease, limits)
         played = Replay(problem) if problem else await replay(episode, env)
-        found.append(("rejected" if played.problem else "accepted", played))
+        wrong = "rejected" if played.is_known else "void"
+        found.append((wrong if played.problem else "accepted", played))
     return found
 
 
@@ -147,6 +150,8 @@ async def replay(episode: Episode, env: Environment) -> Replay:
             return await _replay(episode, env)
         step = await env.judge(episode)
         return Replay(_other_reward(episode, step.reward, step.info))
+    except NetworkError as error:
+        return Replay(f"it cannot be played again now: {error}", is_known=False)
     except ShoalError as error:
         return Replay(f"its actions cannot be replayed: {error}")
     finally:
