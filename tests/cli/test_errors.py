@@ -43,6 +43,12 @@ def test_a_directory_that_is_no_model(runs: Runs) -> None:
     assert train.result["error"]["kind"] == "ModelError", "machines are told as well"
 
 
+def test_a_context_beyond_the_models(runs: Runs) -> None:
+    error = error_of(runs.shoal("train", runs.config(model__context_tokens=1024)), runs)
+    assert "context_tokens = 1024 is more than the 256 tokens" in error and "Set it to 256" in error
+    assert not runs.run.path.exists()
+
+
 def test_a_damaged_model_is_told_by_the_process_that_found_it(runs: Runs) -> None:
     broken = shutil.copytree(runs.model, runs.path / "broken")
     (broken / "model.safetensors").write_bytes(b"not a tensor in sight")

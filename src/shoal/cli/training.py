@@ -30,7 +30,7 @@ from shoal.coordinator.summary import local_name, summarise
 from shoal.coordinator.tasks import make_environments
 from shoal.coordinator.tickets import OWN_TICKET, kept_port, write_tickets
 from shoal.coordinator.tracker import check_tracker, tracking
-from shoal.errors import ModelError, NetworkError, RunError, ShoalError, StorageError
+from shoal.errors import ConfigError, ModelError, NetworkError, RunError, ShoalError, StorageError
 from shoal.fabric.fabric import Fabric
 from shoal.fabric.identity import Identity
 from shoal.fabric.ticket import RouterAddress
@@ -58,6 +58,9 @@ DISMISS_S = 10.0
 
 LOCAL_GRACE_S = 2.0
 """Local workers end this soon after Ctrl-C: rollouts that are cut off are leased again when the run is resumed."""
+
+UNKNOWN_VOCABULARY = 2**31
+"""Where a model does not say how many token ids it knows."""
 
 ROUTERS_S = 3.0
 """How long a run that begins waits for its routers before it says which do not answer."""
@@ -178,7 +181,9 @@ async def _train(
     environments = make_environments(config)
     check_tracker(config)
     model = await prepare_model(config.model.name, say)
-    control = Control(config, environments, run, vocab_size=_vocab_size(model))
+    facts = _facts(model)
+    _check_context(config, facts)
+    control = Control(config, environments, run, vocab_size=int(facts.get("vocab_size") or UNKNOWN_VOCABULARY))
     admission = Admission.of(run, colocated=config.learner.mode == "colocated")
     children = Children(run.path / "logs")
     started = time.monotonic()
@@ -281,11 +286,22 @@ async def _await_routers(fabric: Fabric, say: Callable[[str], None]) -> None:
         say(f"{name} is not connected yet and will be tried again: {why}")
 
 
-def _vocab_size(model: Path) -> int:
-    """How many token ids the model knows; no bound where its configuration does not say."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        return int(json.loads((model / "config.json").read_text())["vocab_size"])
-    return 2**31
+def _facts(model: Path) -> dict[str, Any]:
+    """What the model's configuration says; nothing where there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((model / "config.json").read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _check_context(config: Config, facts: dict[str, Any]) -> None:
+    """Raises: ConfigError where a run's sequences may be longer than its model takes: groups would fail one by one."""
+    asked, most = config.model.context_tokens, facts.get("max_position_embeddings")
+    if isinstance(most, int) and asked > most:
+        raise ConfigError(
+            f"model.context_tokens = {asked} is more than the {most} tokens that the model takes.",
+            f"Set it to {most} or less.",
+        )
 
 
 def _children(config: Config, run: RunDir) -> list[tuple[str, list[str]]]:
