@@ -486,6 +486,7 @@ async def test_hostile_keys(source: Source, node: Fabric) -> None:
         assert caught.value.kind == "refused"
 
 
+@pytest.mark.slow
 async def test_between_processes_and_death_of_the_source(make_store: MakeStore, tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(Path(shoal.__file__).parents[1])}
     command = [sys.executable, str(Path(__file__).with_name("serve_store.py")), str(tmp_path / "theirs")]

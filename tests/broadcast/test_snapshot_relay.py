@@ -237,6 +237,7 @@ async def test_a_peer_that_stands_still_is_passed_by(make_fleet: Callable[..., o
     assert all(node.is_whole() for node in fleet.nodes[:2])
 
 
+@pytest.mark.slow
 async def test_the_source_comes_back(make_fleet: Callable[..., object]) -> None:
     fleet = await make_fleet(2)  # type: ignore[misc]
     port = fleet.source.address.port

@@ -76,6 +76,7 @@ def test_skills_as_people_write_them() -> None:
         claims_of(["sums=good"])
 
 
+@pytest.mark.slow
 def test_a_problem_is_solved_on_this_machine_compared_and_learnt_from(runs: Runs, model: Path) -> None:
     file = experts(runs.path / "experts.toml", model, "ann", "bob")
     kept = runs.path / "episodes.jsonl"

@@ -133,6 +133,7 @@ def test_a_world_model_is_served_as_any_model_is(
     assert "does not answer" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_training_in_dreams(runs: Runs, reader: Path, folders: tuple[Path, Path]) -> None:
     """All processes of a run, in a world that needs no browser: the pages stay as they are, or an expert goes on."""

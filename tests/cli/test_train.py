@@ -113,6 +113,7 @@ def test_pull_and_colocated(runs: Runs, tmp_path: Path) -> None:
         other.close()
 
 
+@pytest.mark.slow
 def test_a_worker_and_the_learner_killed_on_the_way(runs: Runs) -> None:
     """The worker costs its leases, the learner the steps since its checkpoint, which it repeats with the same data."""
     train = runs.train(**SLOW, learner__checkpoint_every=3)
@@ -142,6 +143,7 @@ def test_a_worker_and_the_learner_killed_on_the_way(runs: Runs) -> None:
     check_model(run, 12)
 
 
+@pytest.mark.slow
 def test_the_parent_killed_and_the_run_resumed(runs: Runs) -> None:
     train = runs.train(**SLOW, workers__count=1)
     run = runs.run

@@ -19,6 +19,7 @@ from shoal.fabric.ticket import Ticket
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.slow
 def test_workers_join_by_ticket_and_one_leaves(runs: Runs, tmp_path: Path) -> None:
     """No worker starts with the run; one joins from another directory, one midway, one is sent away on the way."""
     changes = {"envs__digit__type": "tiny:Slow", "run__steps": 30, "workers__max_sequences": 8}

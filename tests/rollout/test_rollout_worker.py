@@ -237,6 +237,7 @@ async def test_questions_asked_at_once_introduce_a_node_once(make_run: Make) -> 
     assert [e["role"] for e in events(run, "node.joined")] == ["learner", "worker"]
 
 
+@pytest.mark.slow
 async def test_a_silent_coordinator_is_given_up(make_run: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patience, "LOST_AFTER_S", 2.0)
     run = await make_run()
