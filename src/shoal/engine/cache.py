@@ -10,8 +10,6 @@ filled positions only, and those bit for bit; whatever was never written is zero
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Sequence
 
 import torch
@@ -128,10 +126,7 @@ class KVCache:
 
     def take(self, slot: int, length: int) -> State:
         """A copy of a slot's first `length` positions, [2, layers, K, length, D]."""
-        taken = self._pages(2, len(self._keys), self._heads, length, self._dim)
-        for kept, store in zip(taken, (self._keys, self._values), strict=True):
-            torch.stack([layer[slot, :, :length] for layer in store], out=kept)
-        return taken
+        return torch.stack([torch.stack([t[slot, :, :length] for t in store]) for store in (self._keys, self._values)])
 
     def put(self, slot: int, state: State, ids: Sequence[int]) -> None:
         """Write the beginning of what `take` gave, which is of these ids, to a slot's beginning."""
@@ -150,17 +145,6 @@ class KVCache:
     def bytes(self) -> int:
         """Memory taken now."""
         return self.num_slots * self.capacity * self.token_bytes
-
-    def _pages(self, *shape: int) -> Tensor:
-        """Memory of its own, given back to the system with the tensor.
-
-        What is kept for minutes among what lives for a step leaves holes in the process's heap: a server that kept 720
-        MiB of beginnings took 310 MiB more for them, and grew on.
-        """
-        num_bytes = math.prod(shape) * self._dtype.itemsize
-        if self._device.type != "cpu" or num_bytes == 0:
-            return torch.empty(shape, dtype=self._dtype, device=self._device)
-        return torch.frombuffer(mmap.mmap(-1, num_bytes), dtype=self._dtype).view(shape)
 
     def _empty(self, slots: int, capacity: int) -> Tensor:
         return torch.zeros(slots, self._heads, capacity, self._dim, dtype=self._dtype, device=self._device)

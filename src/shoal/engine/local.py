@@ -29,6 +29,7 @@ from shoal.broadcast.tensors import TensorView
 from shoal.engine.batching import Batcher
 from shoal.engine.cache import KVCache
 from shoal.engine.grammar import Constraint, Grammars
+from shoal.engine.heap import keep_large_apart
 from shoal.engine.lora import Adapter
 from shoal.engine.model import Decoder
 from shoal.engine.prefix import PrefixStore
@@ -97,6 +98,7 @@ class LocalEngine:
         speculation: Speculation | None = None,
     ) -> None:
         self._on_swap = on_swap
+        keep_large_apart()
         torch.set_num_threads(threads)
         kind = pick_device(device)
         torch_dtype = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}[dtype]
