@@ -183,7 +183,9 @@ async def _train(
     model = await prepare_model(config.model.name, say)
     facts = _facts(model)
     _check_context(config, facts)
-    control = Control(config, environments, run, vocab_size=int(facts.get("vocab_size") or UNKNOWN_VOCABULARY))
+    known = facts.get("vocab_size")
+    vocab_size = known if isinstance(known, int) else UNKNOWN_VOCABULARY
+    control = Control(config, environments, run, vocab_size=vocab_size)
     admission = Admission.of(run, colocated=config.learner.mode == "colocated")
     children = Children(run.path / "logs")
     started = time.monotonic()
